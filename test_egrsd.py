@@ -1,0 +1,964 @@
+"""Tests of egrsd.py: the maths against slow loops, the loop from outside, ranks, resume, faults. `pytest -q` runs them.
+
+The model of the end-to-end tests is a real Qwen3ForCausalLM with random weights, too small to earn a reward: their runs go
+through a five-line driver with a reward of its own (the fork the README describes), everything else is the real command.
+"""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import egrsd
+
+HERE = Path(__file__).parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+# ------------------------------------------------------------------------------------------------- the method, in slow
+
+def test_lookahead_agrees_with_a_slow_loop_for_every_window():
+    torch.manual_seed(0)
+    for length in (0, 1, 2, 7):
+        entropy = torch.rand(length)
+        for window in (0, 1, 3, 6, 7, 100):
+            slow = [min(entropy[t:t + window + 1].tolist()) for t in range(length)]
+            assert egrsd.lookahead_min(entropy, window).tolist() == slow, (length, window)
+    assert egrsd.lookahead_min(torch.tensor([3.0, 1.0, 2.0, 0.5]), 1).tolist() == [1.0, 1.0, 0.5, 0.5]  # by hand
+
+
+def test_gate_agrees_with_a_slow_loop_and_stays_between_floor_and_one():
+    torch.manual_seed(1)
+    entropy = torch.rand(50) * 6
+    for gamma, window, h_max in ((0.3, 0, 6.0), (1.0, 5, 6.0), (0.95, 2, 7.5), (1.0, 0, 0.2), (5.0, 0, 3.0)):
+        gate = egrsd.confidence_gate(entropy, h_max, gamma, window)
+        for t in range(50):
+            lowest = min(entropy[t:t + window + 1].tolist())
+            expected = min(1.0, max(0.1, 1 - gamma * lowest / max(h_max, 1.0)))
+            assert gate[t].item() == pytest.approx(expected, abs=1e-6), (gamma, window, t)
+    assert egrsd.confidence_gate(torch.tensor([2.0]), 2.0, 1.0).item() == pytest.approx(0.1)  # the floor
+    assert egrsd.confidence_gate(torch.tensor([0.0]), 2.0, 1.0).item() == 1.0  # the ceiling
+    assert egrsd.confidence_gate(torch.tensor([0.5]), 0.5, 0.3).item() == pytest.approx(0.85)  # H_max counts as 1 nat
+
+
+def test_gamma_0_is_rlsd_and_window_0_is_egrsd_exactly():
+    torch.manual_seed(2)
+    entropy, w = torch.rand(40) * 3, torch.rand(40) + 0.5
+    gate = egrsd.confidence_gate(entropy, 3.0, 0.0, 5)
+    assert torch.equal(egrsd.token_weight("egrsd", -0.7, w, gate), egrsd.token_weight("rlsd", -0.7, w, gate))
+    assert torch.equal(egrsd.confidence_gate(entropy, 3.0, 0.3, 0), (1 - 0.3 * entropy / 3.0).clamp(0.1, 1))
+    assert torch.equal(egrsd.lookahead_min(entropy, 0), entropy)
+    assert torch.equal(egrsd.token_weight("grpo", -0.7, w, gate), torch.full((40,), -0.7))
+
+
+def test_magnitude_agrees_with_a_slow_loop_in_both_directions():
+    delta = torch.tensor([-3.0, -0.1, 0.0, 0.1, 3.0])
+    for direction in (-1, 0, 1):
+        slow = [min(1.2, max(0.8, math.exp(direction * d))) for d in delta.tolist()]
+        assert egrsd.magnitude(delta, direction).tolist() == pytest.approx(slow, abs=1e-6), direction
+    assert egrsd.magnitude(torch.tensor([0.1]), 1).item() == pytest.approx(1.10517, abs=1e-5)  # by hand
+
+
+def test_reward_falls_linearly_with_length_and_is_0_when_wrong():
+    assert egrsd.length_shaped_reward(True, 0, 1024) == 1.5
+    assert egrsd.length_shaped_reward(True, 256, 1024) == 1.375
+    assert egrsd.length_shaped_reward(True, 1024, 1024) == 1.0
+    assert egrsd.length_shaped_reward(False, 10, 1024) == 0.0
+
+
+def test_welford_equals_torch_in_one_shot_and_in_chunks_and_survives_a_round_trip():
+    values = torch.tensor([0.0, 1.5, 1.25, 0.0, 1e6, 1e6 + 1, 3.0], dtype=torch.float64)
+    whole, chunks = egrsd.Welford(), egrsd.Welford()
+    assert (whole.count, whole.mean, whole.std) == (0, 0.0, 0.0)
+    whole.update(values)
+    chunks.update(values[:1])
+    assert (chunks.count, chunks.mean, chunks.std) == (1, 0.0, 0.0)
+    chunks.update(values[1:3].tolist())
+    again = egrsd.Welford()
+    again.load_state_dict(json.loads(json.dumps(chunks.state_dict())))
+    again.update(values[3:])
+    for stats in (whole, again):
+        assert stats.count == 7
+        assert stats.mean == pytest.approx(values.mean().item(), rel=1e-14)
+        assert stats.std == pytest.approx(values.std().item(), rel=1e-14)
+
+
+def test_advantages_follow_equation_9_the_warm_up_the_floor_and_the_group():
+    stats, rewards = egrsd.Welford(), torch.tensor([0.0, 1.2], dtype=torch.float64)
+    assert egrsd.running_advantage(rewards, stats, True).tolist() == pytest.approx([-0.5, 0.7])
+    stats.update([1.0, 2.0, 3.0])
+    assert egrsd.running_advantage(rewards, stats, False).tolist() == pytest.approx([-2.0, -0.8])
+    equal = egrsd.Welford()
+    equal.update([0.0] * 50)
+    assert egrsd.running_advantage(rewards, equal, False).tolist() == pytest.approx([0.0, 12.0])  # D2, not infinite
+    groups = egrsd.group_advantage(torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64), 2)
+    expected = 0.5 / (math.sqrt(0.5) + 1e-4)
+    assert groups.tolist() == pytest.approx([-expected, expected, 0.0, 0.0])
+
+
+# ----------------------------------------------------------------------------------------------- log p and its gradient
+
+def naive(hidden, head, targets):
+    log_p = (hidden @ head.T).log_softmax(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 300])
+def test_logp_entropy_and_gradient_equal_the_full_logits_formula(length):
+    torch.manual_seed(3)
+    hidden, head = torch.randn(length, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    targets, weights = torch.randint(50, (length,)), torch.randn(length, dtype=torch.float64)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    logp, entropy = egrsd.logp_and_entropy(ours, head, targets)
+    naive_logp, naive_entropy = naive(theirs, head, targets)
+    assert torch.allclose(logp, naive_logp, atol=1e-12) and torch.allclose(entropy, naive_entropy, atol=1e-12)
+    (weights * logp).sum().backward()
+    (weights * naive_logp).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-12), (ours.grad - theirs.grad).abs().max()
+    assert not entropy.requires_grad
+
+
+def test_finite_differences_confirm_the_gradient():
+    torch.manual_seed(4)
+    hidden, head, targets = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.randn(9, 4).double(), torch.arange(5)
+    assert torch.autograd.gradcheck(lambda h: egrsd.logp_and_entropy(h, head, targets)[0], hidden)
+
+
+@pytest.mark.parametrize("p", [0.9, 0.99, 0.999])
+def test_bf16_gradient_stays_close_to_float64_for_confident_tokens(p):
+    torch.manual_seed(5)
+    head = (torch.randn(2000, 64) / 8).bfloat16()
+    hidden = torch.randn(64, 64).bfloat16()
+    targets = torch.randint(2000, (64,))
+    for t in range(64):  # push each hidden state along its target's row until the target has about probability p
+        direction, base = head[targets[t]].double(), hidden[t].double()
+        low, high = 0.0, 60.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            reached = ((base + middle * direction) @ head.double().T).softmax(-1)[targets[t]].item()
+            low, high = (middle, high) if reached < p else (low, middle)
+        hidden[t] = (base + high * direction).bfloat16()
+    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    logp, entropy = egrsd.logp_and_entropy(ours, head, targets)
+    exact_logp, exact_entropy = naive(exact, head.double(), targets)
+    assert 0.3 * (1 - p) < (1 - exact_logp.exp()).mean().item() < 3 * (1 - p)
+    assert logp.dtype == torch.float32
+    assert (logp - exact_logp).abs().max() < 1e-5 and (entropy - exact_entropy).abs().max() < 1e-4
+    logp.sum().backward()
+    exact_logp.sum().backward()
+    error = (ours.grad.double() - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
+    assert error.max() < 0.05, error.max()
+
+
+def test_nothing_flows_through_teacher_gate_magnitude_or_advantage(tiny):
+    model = egrsd.load_model(egrsd.Config(model=str(tiny), lora_rank=4), torch.device("cpu"))
+    rollouts = [egrsd.Rollout(i, {}, [5, 6, 7], [5, 6, 8, 9, 7], [20 + i, 30, 40, 50][:3 + i], advantage=a)
+                for i, a in enumerate((0.8, -0.4))]
+    cfg = egrsd.Config(gamma=0.7, window=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    egrsd.teach(model, rollouts, cfg)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(r.teacher_logp.requires_grad or r.teacher_entropy.requires_grad for r in rollouts)
+    h_max = max(r.teacher_entropy.max().item() for r in rollouts)
+    egrsd.learn(model, rollouts, cfg, h_max, 7)
+    weights = [(r.advantage * r.magnitude * r.gate).tolist() for r in rollouts]  # constants from here on
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert set(grads) == {name for name, _ in model.named_parameters() if "lora_" in name}
+    model.zero_grad()
+    loss = 0
+    for r, weight in zip(rollouts, weights):
+        ids = torch.tensor([r.prompt_ids + r.completion_ids])
+        log_p = model(input_ids=ids).logits[0].log_softmax(-1)
+        for t, token in enumerate(r.completion_ids):
+            loss = loss - weight[t] * log_p[len(r.prompt_ids) - 1 + t, token] / 7
+    loss.backward()
+    for name, p in model.named_parameters():
+        if name in grads:
+            assert torch.allclose(p.grad, grads[name], atol=1e-6), (name, (p.grad - grads[name]).abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------ a tiny real model
+
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}"
+            "<|assistant|>{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
+DRIVER = """
+import sys, egrsd
+egrsd.score_answer = lambda completion, row: sum(map(ord, completion)) % 2 == 0  # a reward that varies
+{patch}
+sys.exit(egrsd.main())
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Qwen3 with varied entropies and seven end tokens, so that completions have uneven lengths."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = egrsd.toy_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(7)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.3))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(40, 46)]
+    model.generation_config.update(do_sample=True, top_k=3, repetition_penalty=1.7)  # must not be inherited
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory):
+    """Forty GSM8K-like rows of uneven length."""
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    rng = random.Random(0)
+    rows = []
+    for _ in range(40):
+        a, b = rng.randrange(100), rng.randrange(100)
+        story = "Tom counts his stamps. " * rng.randrange(4)
+        rows.append(dict(question=f"{story}What is {a} plus {b}?", answer=f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(*flags, ranks=1, driver=HERE / "egrsd.py"):
+    launcher = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [*launcher, str(driver), *map(str, flags)]
+
+
+def run(*flags, ranks=1, driver=HERE / "egrsd.py", **options):
+    env = {**ENV, "PYTHONPATH": str(HERE)}
+    return subprocess.run(command(*flags, ranks=ranks, driver=driver), capture_output=True, text=True, env=env, timeout=120, **options)
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    def write(patch=""):
+        path = tmp_path_factory.mktemp("driver") / "driver.py"
+        path.write_text(DRIVER.format(patch=patch))
+        return path
+    return write
+
+
+@pytest.fixture(scope="session")
+def small(tiny, problems):
+    """The flags of a 12-step run whose warm-up ends after step 4."""
+    return ["--model", tiny, "--data", problems, "--batch_size", 8, "--steps", 12, "--warmup_steps", 4, "--save_every", 1,
+            "--max_completion_length", 24, "--lora_rank", 4, "--lr", "2e-3", "--gamma", 0.8, "--window", 2, "--engine", "hf"]
+
+
+@pytest.fixture(scope="session")
+def whole(small, driver, tmp_path_factory):
+    """The folder of that run, uninterrupted, on one rank."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(*small, "--out", out, driver=driver())
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def reproducible(metrics):
+    return {k: v for k, v in metrics.items() if not k.endswith(("_s", "tok/s", "_gib"))}
+
+
+def adapter(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("step", [1, 9])
+def test_a_step_recomputed_from_outside_with_plain_transformers_and_peft(whole, tiny, step):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import Qwen3ForCausalLM
+    base = Qwen3ForCausalLM.from_pretrained(tiny)
+    torch.manual_seed(0)
+    if step == 1:
+        student = get_peft_model(Qwen3ForCausalLM.from_pretrained(tiny), LoraConfig(
+            r=4, lora_alpha=8, task_type="CAUSAL_LM",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
+    else:
+        student = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(tiny), whole / f"step_{step - 1}", is_trainable=True)
+    rollouts = [r for r in read(whole / "rollouts.jsonl") if r["step"] == step]
+    earlier = torch.tensor([r["reward"] for r in read(whole / "rollouts.jsonl") if r["step"] < step], dtype=torch.float64)
+    logged = read(whole / "metrics.jsonl")[step - 1]
+
+    def padded(model, key):
+        rows = [r[key] + r["completion_ids"] for r in rollouts]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        log_p = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        return [log_p[i, len(r[key]) - 1:len(rows[i]) - 1] for i, r in enumerate(rollouts)]
+
+    with torch.no_grad():
+        teacher = padded(base, "teacher_ids")
+    learner = padded(student, "prompt_ids")
+    entropy = [-(log_p.exp() * log_p).sum(-1) for log_p in teacher]
+    h_max, tokens = max(h.max().item() for h in entropy), sum(len(h) for h in entropy)
+    loss, omegas = 0.0, []
+    for i, r in enumerate(rollouts):
+        correct = sum(map(ord, r["completion"])) % 2 == 0
+        assert r["correct"] == correct
+        assert r["reward"] == pytest.approx(correct * (1 + 0.5 * (1 - len(r["completion_ids"]) / 24)), abs=1e-12)
+        advantage = r["reward"] - 0.5 if step <= 4 else (r["reward"] - earlier.mean().item()) / max(earlier.std().item(), 0.1)
+        assert r["advantage"] == pytest.approx(advantage, abs=1e-9)
+        for t, token in enumerate(r["completion_ids"]):
+            delta = (teacher[i][t, token] - learner[i][t, token]).item()
+            w = min(1.2, max(0.8, math.exp((1 if advantage > 0 else -1) * delta)))
+            omega = min(1.0, max(0.1, 1 - 0.8 * min(entropy[i][t:t + 3].tolist()) / max(h_max, 1.0)))
+            omegas.append(omega)
+            loss = loss - advantage * w * omega * learner[i][t, token] / tokens
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.norm().item() ** 2 for p in student.parameters() if p.grad is not None))
+    assert logged["tokens"] == tokens
+    assert logged["h_max"] == pytest.approx(h_max, abs=1e-4)
+    assert logged["omega"] == pytest.approx(sum(omegas) / tokens, abs=1e-4)
+    assert logged["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert logged["grad_norm"] == pytest.approx(norm, abs=1e-4, rel=1e-4)
+    assert len(set(len(r["completion_ids"]) for r in rollouts)) > 2  # the lengths are uneven, else this shows little
+
+
+def test_two_ranks_give_what_one_gives(whole, small, driver, tmp_path):
+    done = run(*small, "--out", tmp_path / "two", ranks=2, driver=driver())
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(read(whole / "metrics.jsonl"), read(tmp_path / "two" / "metrics.jsonl"), strict=True):
+        for key in ("tokens", "h_max", "welford_mean", "welford_std", "advantage_mean", "advantage_std", "reward", "truncated"):
+            assert one[key] == pytest.approx(two[key], rel=1e-5), (one["step"], key)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5), one["step"]
+    for one, two in zip(read(whole / "rollouts.jsonl"), read(tmp_path / "two" / "rollouts.jsonl"), strict=True):
+        assert one["completion_ids"] == two["completion_ids"] and one["advantage"] == pytest.approx(two["advantage"], abs=1e-9)
+
+
+KILLER = """
+import os, signal, itertools
+calls, target = itertools.count(1), os.environ["KILL"]
+def dying(name, function):
+    def wrapper(*a, **k):
+        counts = name != "torch.save" or str(a[1]).endswith("trainer.pt")
+        if target.startswith(name) and counts and next(calls) == int(target.split(":")[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*a, **k)
+    return wrapper
+egrsd.torch.save = dying("torch.save", egrsd.torch.save)
+egrsd.Path.rename = dying("rename", egrsd.Path.rename)
+egrsd.teach = dying("teach", egrsd.teach)
+"""
+
+
+def test_a_killed_run_resumed_equals_the_uninterrupted_one_bit_for_bit(whole, small, driver, tmp_path):
+    """kill -9 in the middle of step 3, while saving step 6, and just before the rename of step 9 (config is rename 1)."""
+    out, killer = tmp_path / "killed", driver(KILLER)
+    flags = [*small, "--out", out]
+    for kill, last in (("teach:3", 2), ("torch.save:4", 5), ("rename:4", 8)):
+        done = subprocess.run(command(*flags, driver=killer), capture_output=True, text=True, timeout=300,
+                              env={**ENV, "PYTHONPATH": str(HERE), "KILL": kill})
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert egrsd.latest_snapshot(out).name == f"step_{last}"
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 99, "rew')  # a torn last line
+        flags = ["--resume", out]
+    done = run("--resume", out, driver=driver())
+    assert done.returncode == 0, done.stderr
+    assert list(map(reproducible, read(whole / "metrics.jsonl"))) == list(map(reproducible, read(out / "metrics.jsonl")))
+    assert read(whole / "rollouts.jsonl") == read(out / "rollouts.jsonl")
+    for (name, one), two in zip(adapter(whole / "step_12").items(), adapter(out / "step_12").values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_every_lora_b_moves_in_step_1_and_the_snapshot_loads_in_peft(whole, tiny):
+    weights = adapter(whole / "step_1")
+    b = {name: x for name, x in weights.items() if "lora_B" in name}
+    assert len(b) == 14 and len(weights) == 28
+    assert all(x.abs().max() > 0 for x in b.values()), [name for name, x in b.items() if not x.any()]
+    assert sorted(p.name for p in (whole / "step_1").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "trainer.pt"]
+
+
+def test_changed_base_weights_stop_the_next_save(small, driver, tmp_path):
+    patch = """
+real = egrsd.learn
+def learn(model, *a):
+    with egrsd.torch.no_grad():
+        next(p for n, p in model.named_parameters() if "q_proj.base_layer" in n)[0, 0] += 1e-3
+    return real(model, *a)
+egrsd.learn = learn
+"""
+    done = run(*small, "--out", tmp_path / "run", driver=driver(patch))
+    assert done.returncode == 1 and "base weights" in done.stderr, done.stderr
+    assert egrsd.latest_snapshot(tmp_path / "run") is None
+
+
+def test_rollouts_are_cut_at_the_first_end_token_which_is_kept_and_trained(whole, tiny):
+    ends = set(egrsd.end_ids(str(tiny), egrsd.toy_tokenizer()))
+    assert len(ends) == 7
+    for r in read(whole / "rollouts.jsonl"):
+        assert not ends & set(r["completion_ids"][:-1])
+        assert r["completion_ids"][-1] in ends or len(r["completion_ids"]) == 24
+    logged = read(whole / "metrics.jsonl")
+    assert any(0 < m["truncated"] < 100 for m in logged)
+    assert max(m["engine_gap_max"] for m in logged) < 1e-4
+
+
+def test_config_and_logs_hold_what_the_readme_lists(whole):
+    stored = json.loads((whole / "config.json").read_text())["config"]
+    assert stored["gamma"] == 0.8 and set(stored) == {f.name for f in egrsd.dataclasses.fields(egrsd.Config)}
+    metrics = read(whole / "metrics.jsonl")[-1]
+    wanted = ("step reward accuracy length truncated advantage_mean advantage_std welford_mean welford_std h_max entropy "
+              "delta_abs w w_clipped omega loss grad_norm tokens skipped engine_gap_mean engine_gap_p95 engine_gap_max lr")
+    assert set(wanted.split()) <= set(metrics)
+    assert list(read(whole / "rollouts.jsonl")[0]) == ("step index problem gold prompt_ids teacher_ids completion_ids "
+                                                      "completion correct reward advantage").split()
+
+
+# ------------------------------------------------------------------------------------------------------- data and prompts
+
+def test_both_prompts_end_with_the_same_header_and_carry_the_solution_only_for_the_teacher(tiny):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    row = dict(problem="What is 2+2?", solution="2+2=4, so \\boxed{4}", gold="4")
+    for thinking, header in ((False, "<|assistant|><think></think>"), (True, "<|assistant|>")):
+        student, teacher = (tokenizer.decode(egrsd.encode(tokenizer, turn(row), thinking))
+                            for turn in (egrsd.student_prompt, egrsd.teacher_prompt))
+        assert student.endswith(header) and teacher.endswith(header)
+        assert row["solution"] in teacher and row["solution"] not in student
+        assert row["problem"] in teacher and row["problem"] in student
+    tokenizer.chat_template = None  # a base model
+    assert tokenizer.decode(egrsd.encode(tokenizer, egrsd.student_prompt(row), False)) == egrsd.student_prompt(row) + "\n\n"
+
+
+@pytest.mark.parametrize("row, gold", [
+    (dict(answer="So 3.\n#### 1,234"), "1,234"), (dict(answer=33), "33"), (dict(Answer=0), "0"), (dict(answer=2.5), "2.5"),
+    (dict(answer="", Answer="x"), "x"), (dict(solution=r"so \boxed{\frac{1}{2}}"), r"\frac{1}{2}"),
+    (dict(answer=None, solution=r"\boxed{1} or \boxed{{2}}"), "{2}"), (dict(problem="x"), None), (dict(answer="#### "), None),
+    (dict(answer=float("nan"), solution=r"\boxed{7}"), "7"), (dict(solution=None), None)])
+def test_gold_answer(row, gold):
+    assert egrsd.gold_answer(row) == gold
+
+
+def test_every_kind_of_local_file_loads(problems, tmp_path):
+    import datasets
+    rows = egrsd.load_problems(str(problems))
+    assert len(rows) == 40 and all(row["gold"] == row["solution"].split("#### ")[1] for row in rows)
+    table = datasets.Dataset.from_dict(dict(problem=["a", "b", ""], solution=["s", "t", "u"], Answer=[1, 2, 3], source=["x"] * 3))
+    table.to_parquet(tmp_path / "t.parquet")
+    assert [row["gold"] for row in egrsd.load_problems(str(tmp_path / "t.parquet"))] == ["1", "2"]
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "no .jsonl or .parquet"), ("", "none of its 0 rows"), ('{"problem": 1}\n{"a', "line 2: not JSON"), ("[1]", "line 1: not a JSON object"),
+    ('{"text": "x", "answer": "y"}', "columns found: answer, text"), ('{"problem": "x", "solution": "no box"}', "gold answer")])
+def test_a_bad_data_file_is_named_with_what_is_wrong(content, message, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(egrsd.UserError, match="bad.jsonl") as error:
+        egrsd.load_problems(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_draw_gives_each_epoch_once_straddles_epochs_and_counts_long_rows():
+    class Words:
+        chat_template = None
+
+        def __call__(self, text):
+            return type("ids", (), dict(input_ids=text.split()))
+
+    rows = [dict(problem=f"p{i} " + "long " * 100 * (i == 3), solution="s", gold="1") for i in range(7)]
+    cfg, state = egrsd.Config(max_length=80, max_completion_length=10), dict(position=0, too_long=0)
+    seen = [egrsd.draw(rows, Words(), cfg, state, 4) for _ in range(6)]
+    names = [row["problem"].split()[0] for batch in seen for row, _, _ in batch]
+    for epoch in range(4):
+        assert sorted(names[epoch * 6:epoch * 6 + 6]) == ["p0", "p1", "p2", "p4", "p5", "p6"]
+    assert names[:6] != names[6:12] and state["too_long"] in (3, 4)
+    later = dict(position=state["position"], too_long=0)
+    assert egrsd.draw(rows, Words(), cfg, state, 3) == egrsd.draw(rows, Words(), cfg, later, 3)
+    with pytest.raises(egrsd.UserError, match="max_length"):
+        egrsd.draw(rows, Words(), egrsd.Config(max_length=12, max_completion_length=10), state, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- grading
+# (completion, gold, what a fair grader says, why math-verify says otherwise or None)
+
+N400 = "1234567890" * 40
+M400 = N400[:-1] + "1"
+F400 = "0." + "1234567890" * 40
+G400 = F400[:-1] + "1"
+PAIRS = [
+    (r"So the answer is \boxed{42}.", "42", True, None),
+    (r"So the answer is \boxed{43}.", "42", False, None),
+    (r"\boxed{042}", "42", True, None),
+    (r"\boxed{+7}", "7", True, None),
+    (r"\boxed{-7}", "7", False, None),
+    (r"\boxed{-7}", "-7", True, None),
+    (r"\boxed{-0}", "0", True, None),
+    (r"\boxed{ 18 }", "18", True, None),
+    (r"\boxed{$18$}", "18", True, None),
+    (r"\boxed{\$18}", "18", True, None),
+    (r"\boxed{\$1,234.50}", "1234.5", True, None),
+    (r"\boxed{3.50}", "3.5", True, None),
+    (r"\boxed{3.05}", "3.5", False, None),
+    (r"\boxed{18.0}", "18", True, None),
+    (r"\boxed{.5}", "0.5", True, None),
+    (r"\boxed{1,234}", "1234", True, None),
+    (r"\boxed{1234}", "1,234", True, None),
+    (r"\boxed{1,234,567.25}", "1234567.25", True, None),
+    (r"\boxed{12,34}", "1234", False, None),
+    (r"\boxed{1{,}234}", "1234", True, None),
+    (r"\boxed{0.1}", "0.10000000001", False, None),
+    (r"so \boxed{\frac{1}{2}}", "1/2", True, None),
+    (r"so \boxed{\frac{1}{2}}", "0.5", True, None),
+    (r"so \boxed{0.5}", r"\frac12", True, None),
+    (r"so \boxed{\dfrac{2}{4}}", r"\frac{1}{2}", True, None),
+    (r"so \boxed{\tfrac{1}{3}}", "0.5", False, None),
+    (r"so \boxed{-\frac{3}{4}}", r"\frac{-3}{4}", True, None),
+    (r"so \boxed{\frac{3}{4}}", r"-\frac{3}{4}", False, None),
+    (r"so \boxed{2\frac{1}{2}}", "2.5", True, None),
+    (r"so \boxed{2 1/2}", "2.5", True, "a space multiplies nothing, it reads 3/2"),
+    (r"so \boxed{\frac{22}{7}}", r"\pi", False, None),
+    (r"so \boxed{0.333}", r"\frac13", False, None),
+    (r"\boxed{25\%}", "25", True, None),
+    (r"\boxed{25\%}", r"25\%", True, None),
+    (r"\boxed{25\%}", "0.25", True, None),
+    (r"\boxed{25\%}", r"52\%", False, None),
+    (r"\boxed{25\%}", "2.5", False, None),
+    (r"\boxed{12\text{ cm}}", "12", True, None),
+    (r"\boxed{12}", r"12\text{ cm}", True, None),
+    (r"\boxed{12\ \mathrm{m}}", "13", False, None),
+    (r"\boxed{60^\circ}", "60", True, None),
+    (r"\boxed{60^{\circ}}", r"60^\circ", True, None),
+    (r"\boxed{60^\circ}", "30", False, None),
+    (r"\boxed{5\text{ dollars}}", "5", True, None),
+    (r"\boxed{10 \text{ apples}}", "10", True, None),
+    (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", True, None),
+    (r"\boxed{2\sqrt2}", r"2\sqrt{2}", True, None),
+    (r"\boxed{\sqrt{2}}", r"2\sqrt{2}", False, None),
+    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt2}{2}", True, None),
+    (r"\boxed{\pi/2}", r"\frac{\pi}{2}", True, None),
+    (r"\boxed{3.14159}", r"\pi", False, None),
+    (r"\boxed{(x+1)^2}", "x^2+2x+1", True, None),
+    (r"\boxed{(x+1)^2}", "x^2+2x", False, None),
+    (r"\boxed{x=5}", "5", True, None),
+    (r"\boxed{x=6}", "5", False, None),
+    (r"\boxed{2^{10}}", "1024", True, None),
+    (r"\boxed{\{1,2,3\}}", r"\{3,2,1\}", True, None),
+    (r"\boxed{\{1,2\}}", r"\{1,2,3\}", False, None),
+    (r"\boxed{1,2}", "2,1", True, None),
+    (r"\boxed{[2,3)}", "[2,3)", True, None),
+    (r"\boxed{[2,3]}", "[2,3)", False, None),
+    (r"\boxed{(-\infty, 2] \cup (3, \infty)}", r"(-\infty,2]\cup(3,\infty)", True, None),
+    (r"\boxed{(1, 2)}", "(1,2)", True, None),
+    (r"\boxed{(2,1)}", "(1,2)", False, None),
+    (r"\boxed{(3, \frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)", True, None),
+    (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True, None),
+    (r"\boxed{Evelyn}", r"\text{Evelyn}", True, None),
+    (r"\boxed{\text{Alice}}", r"\text{Evelyn}", False, None),
+    (r"\boxed{\text{(B)}}", "B", True, None),
+    (r"\boxed{C}", r"\text{(B)}", False, None),
+    (r"First \boxed{1}, no: \boxed{2}.", "2", True, None),
+    (r"First \boxed{2}, no: \boxed{1}.", "2", False, None),
+    (r"\boxed{\boxed{5}}", "5", True, None),
+    (r"First \boxed{7}, then \boxed{\frac{1}{", "7", True, None),
+    (r"\boxed{1 and then \boxed{2}", "2", True, None),
+    (r"\boxed {9}", "9", True, None),
+    (r"{ stray \boxed{9}", "9", True, None),
+    (r"} stray \boxed{9} }", "9", True, None),
+    (r"\boxed{\left\{ \frac{1}{2} \right\}}", r"\{0.5\}", True, None),
+    (r"The answer is 42.", "42", False, None),
+    ("", "42", False, None),
+    (r"\boxed{}", "42", False, None),
+    (r"\boxed{}", "", False, None),
+    (r"\boxed{ }", " ", False, None),
+    (r"\boxed{42", "42", False, None),
+    (r"\fbox{42}", "42", False, None),
+    (r"\boxed{\frac{}{}{{}}}", "42", False, None),
+    (r"\boxed{asdf 42 qwer}", "42", False, None),
+    (r"\boxed{42 or 43}", "42", False, None),
+    (r"\boxed{41, 42, 43}", "42", False, None),
+    (r"\boxed{\text{the answer is } 41}", "42", False, None),
+    (r"\boxed{\frac{1}{0}}", "0", False, None),
+    (r"\boxed{\frac{1}{0}}", r"\infty", False, None),
+    (r"\boxed{1e999999999}", "1", False, None),
+    (r"\boxed{10^{10^{10}}}", "10", False, None),
+    (r"\boxed{10^{10^{9}}\%}", r"10\%", False, None),
+    (r"\boxed{9^{9^{9^{9}}}}", "9", False, None),
+    (r"\boxed{100000000!}", "1", False, None),
+    (r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}", "1", False, None),
+    (r"\boxed{" + N400 + "}", N400, True, None),
+    (r"\boxed{" + M400 + "}", N400, False, None),
+    (r"\boxed{" + F400 + "}", F400, True, None),
+    (r"\boxed{" + G400 + "}", F400, False, None),
+    (r"\boxed{" + "7" * 100_000 + "}", "7", False, None),
+    (r"\boxed{12 \text{ m/s}}", "12", True, None),
+    (r"\boxed{12~\mathrm{m/s}}", "12", True, "cut to the text 12~, which does not parse"),
+    (r"\boxed{12 m/s}", "12", True, "a bare unit is the variables m and s"),
+    (r"\boxed{13 \text{ m/s}}", "12", False, None),
+    (r"\boxed{0.45 \text{ kg}}", "0.45", True, None),
+    (r"\boxed{45 \text{ g}}", "0.45", False, None),
+    (r"\boxed{3.7 \mathrm{~eV}}", "3.7", True, None),
+    (r"\boxed{7.3 \mathrm{~eV}}", "3.7", False, None),
+    (r"\boxed{250 \text{ nm}}", "250", True, None),
+    (r"\boxed{205 \text{ nm}}", "250", False, None),
+    (r"\boxed{1.50 \text{ Angstroms}}", "1.5", True, None),
+    (r"\boxed{300 \text{ K}}", "300", True, None),
+    (r"\boxed{27^{\circ}\mathrm{C}}", "27", True, None),
+    (r"\boxed{72^\circ}", "27", False, None),
+    (r"\boxed{8.5 \times 10^{3} \text{ J/mol}}", "8500", True, None),
+    (r"\boxed{5 \Omega}", "5", True, "Omega is a variable"),
+    (r"\boxed{5 \text{ hours}}", "5", True, None),
+    (r"\boxed{6 \text{ hours}}", "5", False, None),
+    (r"\boxed{20 \text{ parsecs}}", "20", True, None),
+    (r"\boxed{-13.6 \text{ eV}}", "-13.6", True, None),
+    (r"\boxed{13.6 \text{ eV}}", "-13.6", False, None),
+    (r"\boxed{4.5e33}", "4.5e33", True, None),
+    (r"\boxed{4.5e33}", r"4.5 \times 10^{33}", True, None),
+    (r"\boxed{4.5 \times 10^{33}}", "4.5e33", True, None),
+    (r"\boxed{4.5 \cdot 10^{33}}", "4.5e33", True, None),
+    (r"\boxed{4.5 \times 10^{33} \text{ erg/s}}", "4.5e33", True, "read as 4.5*E*33: `e` is Euler's number"),
+    (r"\boxed{4.5 \times 10^{32}}", "4.5e33", False, None),
+    (r"\boxed{5.4 \times 10^{33}}", "4.5e33", False, None),
+    (r"\boxed{4.6e33}", "4.5e33", False, None),
+    (r"\boxed{1.6 \times 10^{-19}}", r"1.6 \times 10^{-19}", True, None),
+    (r"\boxed{1.6 \times 10^{-19}}", "1.6e-19", True, None),
+    (r"\boxed{1.60 \cdot 10^{-19} \text{ C}}", r"1.6 \times 10^{-19}", True, None),
+    (r"\boxed{1.7 \times 10^{-19}}", r"1.6 \times 10^{-19}", False, None),
+    (r"\boxed{1.6 \times 10^{-18}}", r"1.6 \times 10^{-19}", False, None),
+    (r"\boxed{-1.6 \times 10^{-19}}", r"1.6 \times 10^{-19}", False, None),
+    (r"\boxed{0}", r"1.6 \times 10^{-19}", False, None),
+    (r"\boxed{2e-8}", "3e-8", False, None),
+    (r"\boxed{0.00000002}", "0.00000003", False, None),
+    (r"\boxed{2 \times 10^{-8}}", "0.00000002", True, None),
+    (r"\boxed{3 \times 10^{-8}}", "0.00000002", False, None),
+    (r"\boxed{1e3}", "1000", True, None),
+    (r"\boxed{1.0e3}", "1001", False, None),
+    (r"\boxed{6.02 \times 10^{23}}", r"6.02 \times 10^{23}", True, None),
+    (r"\boxed{6.02 \times 10^{22}}", r"6.02 \times 10^{23}", False, None),
+    (r"\boxed{2.5 \times 10^5}", "250000", True, None),
+    (r"\boxed{2.5 \times 10^5}", "25000", False, None),
+    (r"\boxed{10^{-3}}", "0.001", True, None),
+    (r"\boxed{x = 3}", "3", True, None),
+    (r"\boxed{x = 3}", "x=3", True, None),
+    (r"\boxed{3}", "x=3", True, None),
+    (r"\boxed{x = 4}", "x = 3", False, None),
+    (r"\boxed{y = 3}", "x = 3", False, None),
+    (r"\boxed{v = 12 \text{ m/s}}", "12", True, None),
+    (r"\boxed{\approx 3.2}", "3.2", True, "a leading relation does not parse"),
+    (r"\boxed{x \approx 3.2}", "3.2", True, None),
+    (r"\boxed{\approx 3.3}", "3.2", False, None),
+    (r"\boxed{\sim 100}", "100", True, "a leading relation does not parse"),
+    (r"\boxed{\pm 2}", r"\{2,-2\}", True, None),
+    (r"\boxed{\pm 2}", "2", False, None),
+    (r"\boxed{3 \pm \sqrt{5}}", r"3+\sqrt5, 3-\sqrt5", True, None),
+    (r"\boxed{3 \pm \sqrt{5}}", r"3 \pm \sqrt{6}", False, None),
+    (r"\boxed{\frac{m g}{k}}", r"\frac{mg}{k}", True, None),
+    (r"\boxed{\frac{k}{mg}}", r"\frac{mg}{k}", False, None),
+    (r"\boxed{\sqrt{2 g h}}", r"\sqrt{2gh}", True, None),
+    (r"\boxed{\sqrt{g h}}", r"\sqrt{2gh}", False, None),
+    (r"\boxed{v=\sqrt{2gh}}", r"\sqrt{2gh}", True, None),
+    (r"\boxed{I_0 e^{-t/\tau}}", r"I_{0} e^{-\frac{t}{\tau}}", True, None),
+    (r"\boxed{I_0 e^{t/\tau}}", r"I_{0} e^{-\frac{t}{\tau}}", False, None),
+    (r"\boxed{\frac{1}{2} m v^2}", r"\frac{m v^{2}}{2}", True, None),
+    (r"\boxed{\omega_0 t}", r"\omega_{0} t", True, None),
+    (r"\boxed{\omega_1 t}", r"\omega_{0} t", False, None),
+    (r"\boxed{e^{-t}\cos(2t)}", r"\cos(2t) e^{-t}", True, None),
+    (r"\boxed{e^{-t}\sin(2t)}", r"\cos(2t) e^{-t}", False, None),
+    (r"\boxed{\ln 2}", r"\ln(2)", True, None),
+    (r"\boxed{\ln 3}", r"\ln(2)", False, None),
+    (r"\boxed{\arctan(2)}", r"\tan^{-1}(2)", True, None),
+    (r"\boxed{y' = 2y}", r"y'=2y", True, None),
+    (r"\boxed{[-2,7]}", "[-2,7]", True, None),
+    (r"\boxed{[-2,7)}", "[-2,7]", False, None),
+    (r"\boxed{x \in [-2,7]}", "[-2,7]", True, None),
+    (r"\boxed{-2 \le x \le 7}", "[-2,7]", True, "relation against set needs allow_set_relation_comp=True"),
+    (r"\boxed{-2 < x < 7}", "[-2,7]", False, None),
+    (r"\boxed{(-\infty, 0) \cup (0, \infty)}", r"(-\infty,0)\cup(0,\infty)", True, None),
+    (r"\boxed{(-\infty, \infty)}", r"(-\infty,0)\cup(0,\infty)", False, None),
+    (r"\boxed{\left[\frac{1}{2}, 1\right)}", r"[0.5,1)", True, None),
+    (r"\boxed{\left(\frac{1}{2}, 1\right)}", r"\left[\frac{1}{2},1\right]", False, None),
+    (r"\boxed{\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True, None),
+    (r"\boxed{\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True, None),
+    (r"\boxed{\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", False, None),
+    (r"\boxed{\begin{pmatrix} 1/2 \\ -1 \end{pmatrix}}", r"\begin{pmatrix} \frac{1}{2} \\ -1 \end{pmatrix}", True, None),
+    (r"\boxed{\begin{pmatrix} 1/2 & -1 \end{pmatrix}}", r"\begin{pmatrix} \frac{1}{2} \\ -1 \end{pmatrix}", False, None),
+    (r"\boxed{\begin{pmatrix} 1/2 \\ 1 \end{pmatrix}}", r"\begin{pmatrix} \frac{1}{2} \\ -1 \end{pmatrix}", False, None),
+    (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True, None),
+    (r"\boxed{Evelyn}", r"\text{Evelyn}", True, None),
+    (r"\boxed{\textbf{Evelyn}}", r"\text{Evelyn}", True, None),
+    (r"\boxed{\text{Briana}}", r"\text{Evelyn}", False, None),
+    (r"\boxed{\text{even}}", r"\text{odd}", False, None),
+    (r"\boxed{\text{Even}}", r"\text{even}", True, None),
+    (r"\boxed{\text{(C)}}", "C", True, None),
+    (r"\boxed{\text{C}}", r"\text{(C)}", True, None),
+    (r"\boxed{\text{(D)}}", r"\text{(C)}", False, None),
+    (r"\boxed{\text{east}}", r"\text{seat}", False, None),
+    (r"\boxed{east}", r"\text{seat}", False, None),
+    (r"\boxed{east}", "seat", False, "bare words are products of letters, and products commute"),
+    (r"\boxed{\text{Monday}}", r"\text{Sunday}", False, None),
+    (r"\boxed{2516_8}", "2516_8", True, None),
+    (r"\boxed{2516_{8}}", "2516_8", True, None),
+    (r"\boxed{2516}", "2516_8", True, None),
+    (r"\boxed{2516_7}", "2516_8", False, "the base subscript is dropped"),
+    (r"\boxed{2561_8}", "2516_8", False, None),
+    (r"\boxed{6r^2-4r-24}", "6r^2 - 4r - 24", True, None),
+    (r"\boxed{-24-4r+6r^2}", "6r^2-4r-24", True, None),
+    (r"\boxed{2(3r^2-2r-12)}", "6r^2-4r-24", True, None),
+    (r"\boxed{6r^2-4r+24}", "6r^2-4r-24", False, None),
+    (r"\boxed{6s^2-4s-24}", "6r^2-4r-24", False, None),
+    (r"\boxed{(x-3)(x+3)}", "x^2-9", True, None),
+    (r"\boxed{(x-3)^2}", "x^2-9", False, None),
+    (r"\boxed{\frac{x+2}{7}}", r"\frac{1}{7}x+\frac{2}{7}", True, None),
+    (r"\boxed{p - q}", "q-p", False, None),
+    (r"\boxed{2x+3y=5}", "2x+3y-5=0", True, None),
+    (r"\boxed{4x+6y=10}", "2x+3y=5", True, None),
+    (r"\boxed{2x+3y=6}", "2x+3y=5", False, None),
+    (r"\boxed{y=2x+3}", "2x+3", True, None),
+    (r"\boxed{11\sqrt{2}}", r"\sqrt{242}", True, None),
+    (r"\boxed{12\sqrt{2}}", r"\sqrt{242}", False, None),
+    (r"\boxed{3+4i}", "4i+3", True, None),
+    (r"\boxed{3-4i}", "3+4i", False, None),
+    (r"\boxed{(3, -1, 2)}", "(3,-1,2)", True, None),
+    (r"\boxed{(3, 2, -1)}", "(3,-1,2)", False, None),
+    (r"\boxed{(3, -1)}", "(3,-1,2)", False, None),
+    (r"\boxed{\left(\frac{8}{5}, -\frac{35}{2}\right)}", r"(1.6,-17.5)", True, None),
+    (r"\boxed{1, -2, 4}", "4,1,-2", True, None),
+    (r"\boxed{1, -2}", "4,1,-2", False, None),
+    (r"\boxed{(1,2),(3,4)}", "(3,4),(1,2)", True, None),
+    (r"\boxed{(1,2),(4,3)}", "(1,2),(3,4)", False, None),
+    (r"\boxed{x = 1 \text{ or } x = 2}", "1,2", True, None),
+    (r"\boxed{1 \text{ and } 2}", "1,2", True, None),
+    (r"\boxed{70^\circ}", "70", True, None),
+    (r"\boxed{70 \text{ degrees}}", r"70^\circ", True, None),
+    (r"\boxed{70^\circ}", r"80^\circ", False, None),
+    (r"\boxed{\$18.90}", r"\$18.90", True, None),
+    (r"\boxed{18.90}", r"\$18.90", True, None),
+    (r"\boxed{18.9}", r"\$18.90", True, None),
+    (r"\boxed{\$18.09}", r"\$18.90", False, None),
+    (r"\boxed{15\%}", "15", True, None),
+    (r"\boxed{15\%}", r"51\%", False, None),
+    (r"\boxed{10{,}000}", "10,000", True, None),
+    (r"\boxed{10\,000}", "10000", True, "read as 10*0, which is 0"),
+    (r"\boxed{1{,}000}", "10,000", False, None),
+    (r"\boxed{\frac34}", r"\frac{3}{4}", True, None),
+    (r"\boxed{\frac{3}{4}}", "75", False, None),
+    (r"\boxed{0.\overline{3}}", r"\frac{1}{3}", True, "repeating decimals do not parse"),
+    (r"\boxed{\sqrt[3]{27}}", "3", True, None),
+    (r"\boxed{\binom{5}{2}}", "10", True, None),
+    (r"\boxed{5!}", "120", True, None),
+    (r"\boxed{\log_2 8}", "3", True, None),
+    (r"\boxed{\infty}", r"\infty", True, None),
+    (r"\boxed{-\infty}", r"\infty", False, None),
+    (r"\boxed{n \equiv 3 \pmod 7}", "3", True, "congruences do not parse"),
+]
+HOSTILE = [r"9^{9^{9^{9}}}", r"10^{10^{10}}", "100000000!", "(" * 2000 + ")" * 2000, r"\frac{1}{0}", "1" * 100_000, "1e999999999",
+           "3^{100000000}", r"2^{2^{40}}", r"\binom{10^9}{10^8}", r"\sum_{k=1}^{10^9} \frac{1}{k}", r"\prod_{k=1}^{10^8} k",
+           "(x+1)^{100000}", r"\sqrt{" * 300 + "2" + "}" * 300, r"\int_0^{10^9} x^x dx", r"\sin(10^{10^{8}})", "((9!)!)!",
+           "0.5^{2^{36}}", "(x+y+z+w)^{200}", r"\log_2 3^{100000000}", "7^{77777777}", r"\{" + "1," * 400 + r"1\}",
+           "__import__('os').abort()", "\x00\ud800", "{" * 900, r"\frac" * 180, r"10^{-10^{10}}", "x^{1000000000}=1",
+           r"\lfloor 10^{10^{9}} / 7 \rfloor", r"\left[0,10^{10^{9}}\right]", r"\gcd(3^{10000000},2)", r"e^{e^{e^{25}}}"]
+
+
+def test_263_answers_are_graded_fairly_or_the_disagreement_is_known():
+    wrong = []
+    for completion, gold, fair, reason in PAIRS:
+        verdict = egrsd.grade(completion, gold)
+        if verdict != (fair if reason is None else not fair):
+            wrong.append((completion, gold, verdict))
+    assert not wrong
+    assert len(PAIRS) == 263 and sum(fair for _, _, fair, _ in PAIRS) == 153 and sum(bool(r) for *_, r in PAIRS) == 13
+
+
+def test_32_hostile_answers_are_bounded_and_wrong_and_leave_the_grader_well():
+    assert len(HOSTILE) == 32
+    start = time.perf_counter()
+    for answer in HOSTILE:
+        assert egrsd.grade(rf"so \boxed{{{answer}}}", "42x") is False, answer[:60]
+    assert time.perf_counter() - start < 40
+    assert egrsd.grade(r"\boxed{\frac12}", "0.5") is True
+
+
+def test_32_ordinary_answers_cost_under_a_tenth_of_a_second():
+    egrsd.grade(r"\boxed{\frac12}", "0.5")
+    ordinary = [(f"{n}", f"{n}.0") for n in range(26)] + [(rf"\frac{{{n}}}{{7}}", rf"\frac{{{n}}}{{7}}") for n in range(4)]
+    ordinary += [(r"\frac12", "0.5"), (r"2\sqrt{2}", r"\sqrt{8}")]
+    start = time.perf_counter()
+    assert all(egrsd.grade(rf"\boxed{{{answer}}}", gold) for answer, gold in ordinary)
+    assert time.perf_counter() - start < 0.1
+
+
+@pytest.mark.parametrize("text, box", [
+    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}} \boxed{3", r"\frac{1}{2}"), (r"\boxed{a\}b}", r"a\}b"), ("none", None),
+    (r"\boxed {x}", "x"), (r"\boxed{}", ""), (r"\boxed{1 \boxed{2}}", "2"), ("}}" + r"\boxed{{{7}}}", "{{7}}"), ("", None)])
+def test_last_boxed(text, box):
+    assert egrsd.last_boxed(text) == box
+
+
+def test_a_long_text_costs_linear_time():
+    start = time.perf_counter()
+    assert egrsd.last_boxed(r"\boxed{" * 100_000) is None
+    assert egrsd.grade("\\boxed{" + "1" * 1_000_000 + "}", "2") is False
+    assert time.perf_counter() - start < 2
+
+
+# ------------------------------------------------------------------------------------------------- the command line, errors
+
+@pytest.mark.parametrize("flags, message", [
+    ("--gama 0.3", "--gama"), ("--gam 0.3", "--gam"), ("--gamma nan", "finite"), ("--gamma inf", "finite"), ("--gamma -0.1", "negative"),
+    ("--window -1", "negative"), ("--lr -1e-6", "negative"), ("--window 1.5", "invalid int"), ("--method egsrd", "one of egrsd"),
+    ("--engine cuda", "one of auto"), ("--batch_size 32 --method grpo --rollouts_per_prompt 5", "divisible"), ("--steps 0", "above 0"),
+    ("--rollouts_per_prompt 4", "only --method grpo"), ("--max_length 1000", "--max_completion_length"), ("--data nothing.jsonl", "nothing.jsonl"),
+    ("--resume nowhere", "nowhere")])
+def test_a_user_error_is_one_line_and_exit_code_2(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["egrsd.py", *flags.split()])
+    assert egrsd.main() == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1, captured.err
+
+
+def test_user_errors_of_the_real_command_come_before_any_model_is_loaded(whole, problems, tmp_path):
+    for flags, message in ((["--out", whole, "--data", problems], "--resume"), (["--resume", whole, "--gamma", 0.5], "--gamma 0.5"),
+                           (["--data", problems, "--model", tmp_path / "none"], "none")):
+        done = run(*flags)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    done = run("--batch_size", 9, ranks=2)
+    assert done.returncode != 0 and done.stderr.count("egrsd.py: --batch_size 9: must be divisible by the 2 ranks") == 1
+
+
+def test_help_names_every_knob_and_import_needs_torch_alone():
+    done = run("--help")
+    assert done.returncode == 0
+    for field in egrsd.dataclasses.fields(egrsd.Config):
+        assert f"--{field.name}" in done.stdout
+    code = ("import sys; before = set(sys.modules); import torch; import egrsd; "
+            "print([m for m in ('transformers', 'peft', 'vllm', 'datasets', 'matplotlib', 'math_verify') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_resume_may_extend_a_finished_run(whole, driver, tmp_path):
+    import shutil
+    shutil.copytree(whole, tmp_path / "copy")
+    done = run("--resume", tmp_path / "copy", "--steps", 13, driver=driver())
+    assert done.returncode == 0, done.stderr
+    assert [m["step"] for m in read(tmp_path / "copy" / "metrics.jsonl")] == list(range(1, 14))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_last_completed_step_and_leaves_quickly(number, code, small, driver, tmp_path):
+    flags = [*small, "--out", tmp_path / "run"]
+    flags[flags.index("--save_every") + 1], flags[flags.index("--steps") + 1] = 1000, 1000
+    process = subprocess.Popen(command(*flags, driver=driver()), stderr=subprocess.PIPE, text=True, env={**ENV, "PYTHONPATH": str(HERE)})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    start = time.perf_counter()
+    assert process.wait(timeout=30) == code
+    assert time.perf_counter() - start < 10
+    assert "Traceback" not in process.stderr.read()
+    last = read(metrics)[-1]["step"]
+    assert egrsd.latest_snapshot(tmp_path / "run").name == f"step_{last}"
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run_after_five(small, driver, tmp_path):
+    patch = """
+real, steps = egrsd.teach, iter(range(1, 99))
+def teach(model, rollouts, cfg):
+    real(model, rollouts, cfg)
+    step = next(steps)
+    if step in (2, 4) or step > 6:
+        rollouts[0].teacher_entropy[0] = float("inf" if step % 2 else "nan")
+egrsd.teach = teach
+"""
+    done = run(*small, "--out", tmp_path / "run", driver=driver(patch))
+    assert done.returncode == 1 and "5 steps in a row" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    metrics = read(tmp_path / "run" / "metrics.jsonl")
+    assert [m["skipped"] for m in metrics] == [0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    before, after = adapter(tmp_path / "run" / "step_3"), adapter(tmp_path / "run" / "step_4")
+    assert all(torch.equal(before[name], after[name]) for name in before)  # step 4 was skipped
+    assert metrics[4]["welford_mean"] != metrics[3]["welford_mean"]  # but its rewards count
+
+
+def test_a_full_disk_while_saving_ends_with_a_line_and_keeps_the_last_snapshot(small, driver, tmp_path):
+    patch = """
+real, saves = egrsd.torch.save, iter(range(1, 99))
+def save(x, path):
+    if next(saves) == 3:
+        raise OSError(28, "No space left on device")
+    return real(x, path)
+egrsd.torch.save = save
+"""
+    done = run(*small, "--out", tmp_path / "run", driver=driver(patch))
+    assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert egrsd.latest_snapshot(tmp_path / "run").name == "step_2"
+    done = run("--resume", tmp_path / "run", "--steps", 4, driver=driver())
+    assert done.returncode == 0, done.stderr
+    assert egrsd.latest_snapshot(tmp_path / "run").name == "step_4"
+
+
+def test_a_dead_rank_ends_the_others(small, driver, tmp_path):
+    patch = """
+real, calls = egrsd.learn, iter(range(1, 99))
+def learn(*a):
+    if egrsd.RANK == 1 and next(calls) == 3:
+        raise ValueError("rank 1 breaks here")
+    return real(*a)
+egrsd.learn = learn
+"""
+    start = time.perf_counter()
+    done = run(*small, "--out", tmp_path / "run", ranks=2, driver=driver(patch))
+    assert done.returncode != 0 and "rank 1 breaks here" in done.stderr
+    assert time.perf_counter() - start < 60
+    assert egrsd.latest_snapshot(tmp_path / "run").name == "step_2"
+
+
+def test_the_toy_model_is_a_function_of_the_seed_and_its_run_leaves_what_it_should(tmp_path, monkeypatch):
+    monkeypatch.setattr(egrsd, "TOY_PRETRAIN_STEPS", 2)
+    for name in ("a", "b"):
+        egrsd.pretrain_toy(tmp_path / name, seed=5)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert one == two
+    done = run("--toy", "--model", tmp_path / "a", "--out", tmp_path / "run", "--steps", 2, "--max_completion_length", 16)
+    assert done.returncode == 0, done.stderr
+    assert [row["name"] for row in json.loads((tmp_path / "run" / "results.json").read_text())] == ["before", "after"]
+    assert "avg@4" in done.stdout and "step    2" in done.stdout
+
+
+def test_toy_solutions_are_right_unless_a_slip_goes_unnoticed():
+    rng = random.Random(0)
+    for row in egrsd.toy_problems(rng, 50):
+        assert egrsd.grade(row["solution"], row["gold"])
+        a, b = map(int, row["problem"].split("+"))
+        assert egrsd.grade(egrsd.toy_solution(rng, a, b, 0, 1), row["gold"])
+    slips = [egrsd.grade(egrsd.toy_solution(rng, 345, 678, 0.3, 0.7), "1023") for _ in range(500)]
+    assert 0.5 < sum(slips) / 500 < 0.75  # (1 - 0.3 / 2) ** 3 = 0.61
+
+
+def test_base_weights_fingerprint_sees_a_single_bit():
+    model = torch.nn.Linear(4, 4)
+    before = egrsd.fingerprint(model)
+    model.weight.data.view(torch.int32)[2, 1] ^= 1
+    assert egrsd.fingerprint(model) != before
+
+
+def test_a_head_that_scales_its_logits_is_refused(tiny):
+    model = egrsd.load_model(egrsd.Config(model=str(tiny), lora_rank=4), torch.device("cpu"))
+    egrsd.check_head(model, [5, 6, 7, 8])
+    head = model.get_base_model().lm_head
+    head.register_forward_hook(lambda module, inputs, output: 30 * torch.tanh(output / 30))
+    with pytest.raises(egrsd.UserError, match="soft-cap"):
+        egrsd.check_head(model, [5, 6, 7, 8])

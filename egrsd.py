@@ -518,11 +518,16 @@ class VllmEngine:
         room = shutil.disk_usage("/dev/shm").free > 2**31  # an 8B adapter takes 0.7 GB, a container's /dev/shm may be 64 MB
         self.folder = tempfile.TemporaryDirectory(prefix="egrsd-", dir="/dev/shm" if room else None)
         self.shared = Path(gather(self.folder.name)[RANK - LOCAL_RANK])  # local rank 0 writes, its node reads
-        self.llm = LLM(
-            cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
-            distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
-            max_model_len=context, max_num_seqs=rows, gpu_memory_utilization=memory, enable_prefix_caching=prefix_caching,
-            enable_lora=True, max_lora_rank=cfg.lora_rank, max_loras=1, enforce_eager=not cuda, disable_log_stats=True)
+        try:
+            self.llm = LLM(
+                cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
+                distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
+                max_model_len=context, max_num_seqs=rows, gpu_memory_utilization=memory, enable_prefix_caching=prefix_caching,
+                enable_lora=True, max_lora_rank=max(8, 2 ** (cfg.lora_rank - 1).bit_length()), max_loras=1,  # it takes powers of 2
+                enforce_eager=not cuda, disable_log_stats=True, use_tqdm_on_load=False)
+        except Exception as error:  # out of memory, unsupported model, ...: vLLM raises all kinds
+            raise UserError(f"vLLM does not start: {' '.join(str(error).split())[:400]} (less --engine_memory needs less of "
+                            "the GPU; --engine hf needs no vLLM)") from error
 
     def sync(self, model, step):
         """Hands the adapter over: a folder in memory and a LoRA request, with a new name because vLLM caches by name."""
@@ -633,7 +638,7 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
         stats.load_state_dict(stored.pop("welford"))
         state.update(stored)
     logs = open_logs(folder, state["log_sizes"]) if RANK == 0 else {}
-    saved, show = state["step"], terminal(cfg, state["step"])
+    saved, show = state["step"], terminal(cfg, state["step"], noise=1e-4 if model.dtype == torch.float32 else 0.2)
 
     def save():
         nonlocal saved
@@ -738,7 +743,7 @@ class Clock:
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return {**self.laps, "step_s": self.last - self.start, "tok/s": tokens / (self.last - self.start), "peak_gib": gib}
 
-def terminal(cfg, done):
+def terminal(cfg, done, noise):
     """Prints the batch arithmetic on rank 0; -> a function that prints the line of a step above the progress bar."""
     from tqdm import tqdm
     bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=None if RANK == 0 else True)
@@ -753,6 +758,9 @@ def terminal(cfg, done):
                   f"entropy {m['entropy']:5.3f}  |delta| {m['delta_abs']:5.3f}  gate {m['omega']:5.3f}  "
                   f"grad {m['grad_norm']:7.4f}  gap {m['engine_gap_max']:.0e}  {m['step_s']:5.2f} s"
                   + ("" if finite else "  SKIPPED, not finite"))
+        if m["engine_gap_mean"] > noise:  # nats, on average; rounding alone stays below
+            bar.write(f"WARNING    engine and trainer differ by {m['engine_gap_mean']:.2g} nats a token: the engine samples from "
+                      "other weights, most likely an old or wrong adapter")
         bar.update()
 
     return show

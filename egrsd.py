@@ -19,7 +19,7 @@ x confidence (is the teacher sure?):
 Missing on purpose: importance ratio, PPO clip (one update per batch: the ratio is 1), KL term (the teacher is the
 reference), value network, padding and masks (a rollout is one 1-D tensor). Where the paper is silent: see D1, D2, ...
 
-    python egrsd.py --toy                                          # a laptop: about 3 minutes, nothing downloaded
+    python egrsd.py --toy                                          # a laptop: 3 to 4 minutes, nothing downloaded
     torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # Qwen3-8B on 8 x 80 GB
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
@@ -212,7 +212,7 @@ def encode(tokenizer, user_turn, thinking):
                                          enable_thinking=thinking, tokenize=True, return_dict=False)
 
 def gold_answer(row):
-    """The gold answer of a data row as text, or None: after ####, else column Answer/answer, else the solution's box."""
+    """The gold answer of a data row as text, or None: after ####, else column Answer/answer, else the box."""
     found = [str(row[key]).strip() for key in ("Answer", "answer") if type(row.get(key)) in (str, int, float)]
     worked = [text.rpartition("####")[2].strip() for text in found if "####" in text]
     plain = [text for text in found if text not in ("", "nan", "inf", "-inf")]
@@ -250,8 +250,9 @@ def load_problems(path):
         found = dict(problem=row.get("problem") or row.get("question"), solution=solution, gold=gold_answer(row))
         if all(isinstance(text, str) and text.strip() and not BROKEN.search(text) for text in found.values()):
             problems.append(found)
-    require(problems, f"{path}: none of its {count} rows has a problem (or question), a solution (or an answer with ####) "
-            f"and a gold answer (Answer, answer or a box in the solution); columns: {', '.join(sorted(columns))[:300]}")
+    require(problems, f"{path}: none of its {count} rows has a problem (or question), a solution (or an answer with "
+            "####) and a gold answer (Answer, answer or a box in the solution); columns: "
+            + ", ".join(sorted(columns))[:300])
     if RANK == 0:
         print(f"data       {len(problems):,} problems from {path}, {count - len(problems):,} rows without all of "
               "problem, solution and gold answer dropped")
@@ -599,8 +600,8 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             if in_a_row == 5:
                 raise FloatingPointError("5 steps in a row: a loss or gradient not finite; the last snapshot is good")
     finally:
-        # Held means an exception came in the middle of an update: what is half done is not saved. This assignment has to
-        # come before any call, so that a signal still pending cannot break into the save.
+        # Held means that an exception came in the middle of an update: what is half done is not saved. This has to come
+        # before any call, so that a signal still pending cannot break into the save.
         mid_update, interrupt.held = interrupt.held, True
         if RANK == 0 and state["step"] > saved and not mid_update:
             save()
@@ -942,8 +943,8 @@ def gather(value):
 def choose_folder(cfg):
     """The run folder, named by rank 0; refuses one that holds a run already."""
     folder = Path(cfg.out or gather(f"out/{'toy-' * cfg.toy}{cfg.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}")[0])
-    taken = any(gather(any(next(folder.glob(name), None) for name in ("config.json", "*.jsonl", "step_*")))) and not cfg.resume
-    require(not taken, f"--out {folder}: holds a run already; go on with it by --resume {folder}")
+    taken = any(gather([*folder.glob("config.json"), *folder.glob("*.jsonl"), *folder.glob("step_*")]))
+    require(cfg.resume or not taken, f"--out {folder}: holds a run already; go on with it by --resume {folder}")
     return folder
 
 def write_json(file, content):

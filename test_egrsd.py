@@ -53,10 +53,24 @@ def test_gamma_0_is_rlsd_and_window_0_is_egrsd_exactly():
     torch.manual_seed(2)
     entropy, w = torch.rand(40) * 3, torch.rand(40) + 0.5
     gate = egrsd.confidence_gate(entropy, 3.0, 0.0, 5)
-    assert torch.equal(egrsd.token_weight("egrsd", -0.7, w, gate), egrsd.token_weight("rlsd", -0.7, w, gate))
+    r = egrsd.Rollout(0, {}, [], [], advantage=-0.7, magnitude=w, gate=gate)
+    assert torch.equal(egrsd.TOKEN_WEIGHT["egrsd"](r), egrsd.TOKEN_WEIGHT["rlsd"](r))
     assert torch.equal(egrsd.confidence_gate(entropy, 3.0, 0.3, 0), (1 - 0.3 * entropy / 3.0).clamp(0.1, 1))
     assert torch.equal(egrsd.lookahead_min(entropy, 0), entropy)
-    assert torch.equal(egrsd.token_weight("grpo", -0.7, w, gate), torch.full((40,), -0.7))
+    assert egrsd.TOKEN_WEIGHT["grpo"](r) == -0.7
+
+
+def test_dasd_pulls_to_the_teacher_below_tau_and_pushes_away_above_in_a_slow_loop():
+    torch.manual_seed(21)
+    entropy, delta = torch.rand(31) * 3, torch.randn(31)
+    r = egrsd.Rollout(0, {}, [], [], advantage=0.4, delta=delta, student_entropy=entropy)
+    ranked = sorted(entropy.tolist())
+    tau = ranked[24]  # 0.8 * 30: no interpolation needed
+    scale = sum(abs(h - tau) for h in ranked) / 31
+    for t, weight in enumerate(egrsd.TOKEN_WEIGHT["dasd"](r).tolist()):
+        assert weight == pytest.approx(0.4 + 0.5 * math.tanh((tau - entropy[t].item()) / scale) * math.tanh(delta[t].item()), abs=1e-5)
+        assert (weight - 0.4) * delta[t].item() * (tau - entropy[t].item()) >= 0
+    assert egrsd.entropy_routing(torch.tensor([1.0]), torch.tensor([0.3])).tolist() == [0.0]  # one token: no below, no above
 
 
 def test_magnitude_agrees_with_a_slow_loop_in_both_directions():
@@ -124,6 +138,31 @@ def test_logp_entropy_and_gradient_equal_the_full_logits_formula(length):
     (weights * naive_logp).sum().backward()
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-12), (ours.grad - theirs.grad).abs().max()
     assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("method, clip", [("opsd", 0.0), ("opsd", 0.02), ("crisp", 0.0)])
+def test_divergence_and_gradient_equal_the_full_vocabulary_formula(method, clip):
+    torch.manual_seed(22)
+    hidden, teacher, head = (torch.randn(n, 16, dtype=torch.float64) for n in (300, 300, 50))  # three chunks
+    targets, weights = torch.randint(50, (300,)), torch.randn(300, dtype=torch.float64)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    function = egrsd.functools.partial(egrsd.DIVERGENCE[method], **dict(clip=clip) if clip else {})
+    value, logp, entropy = egrsd.head_terms(ours, head, targets, teacher, function)
+    log_p, log_q = (theirs @ head.T).log_softmax(-1), (teacher @ head.T).log_softmax(-1)
+    entries = F.kl_div(log_p, log_q, reduction="none", log_target=True) if method == "opsd" else \
+        F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    if clip:
+        assert 0.01 < (entries > clip).double().mean() < 0.99
+        entries = entries.clamp(max=clip)
+    assert torch.allclose(value, entries.sum(-1), atol=1e-12)
+    (weights * value).sum().backward()
+    (weights * entries.sum(-1)).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-12), (ours.grad - theirs.grad).abs().max()
+    assert not logp.requires_grad and torch.allclose(logp, naive(hidden, head, targets)[0], atol=1e-12)
+    half, half_head = hidden.float().requires_grad_(), head.float()  # and in float32, as it runs
+    egrsd.head_terms(half, half_head, targets, teacher.float(), function)[0].mul(weights.float()).sum().backward()
+    if not clip:  # which entries are clipped may differ by rounding
+        assert (half.grad - theirs.grad).abs().max() < 1e-5 * max(1.0, theirs.grad.abs().max().item())
 
 
 def test_finite_differences_confirm_the_gradient():
@@ -195,6 +234,84 @@ def test_nothing_flows_through_teacher_gate_magnitude_or_advantage(tiny):
     for name, p in model.named_parameters():
         if name in grads:
             assert torch.allclose(p.grad, grads[name], atol=1e-6), (name, (p.grad - grads[name]).abs().max())
+
+
+@pytest.mark.parametrize("method", ["sft", "opsd", "crisp", "dasd", "grpo"])
+def test_loss_and_gradient_of_a_method_equal_a_slow_twin_on_the_whole_model(tiny, method):
+    cfg = egrsd.Config(model=str(tiny), lora_rank=4, method=method, tokens_per_pass=12)
+    model = egrsd.load_model(cfg, torch.device("cpu"))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    rollouts = [egrsd.Rollout(i, {}, [5, 6, 7], [5, 6, 8, 9, 7], [20 + i, 30, 40, 50][:3 + i], advantage=a)
+                for i, a in enumerate((0.8, -0.4))]
+
+    def full(key):
+        return [model(input_ids=torch.tensor([getattr(r, key) + r.completion_ids])).logits[0, len(getattr(r, key)) - 1:-1]
+                .log_softmax(-1) for r in rollouts]
+
+    h_max = egrsd.teach(model, rollouts, cfg) if method != "sft" else 0.0
+    loss = egrsd.learn(model, rollouts, cfg, h_max, 7)
+    assert all(r.teacher_hidden is None for r in rollouts)  # or they would travel to every rank
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with torch.no_grad(), model.disable_adapter():
+        teacher = full("teacher_ids")
+    slow = 0
+    for r, log_p, log_q in zip(rollouts, full("prompt_ids"), teacher):
+        targets = torch.tensor(r.completion_ids)
+        if method == "opsd":
+            slow = slow + F.kl_div(log_p, log_q, reduction="sum", log_target=True) / 7
+        elif method == "crisp":
+            slow = slow + F.kl_div(log_q, log_p, reduction="sum", log_target=True) / 7
+        elif method == "sft":
+            slow = slow + F.nll_loss(log_p, targets, reduction="sum") / 7
+        else:
+            chosen, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1).detach()
+            gap = log_q.gather(1, targets[:, None])[:, 0] - chosen.detach()
+            tau = entropy.sort().values[:].quantile(0.8)
+            routing = ((tau - entropy) / (entropy - tau).abs().mean()).tanh() * gap.tanh()
+            slow = slow - ((r.advantage + 0.5 * routing * (method == "dasd")) * chosen).sum() / 7
+    slow.backward()
+    assert loss == pytest.approx(slow.item(), abs=1e-5)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            assert torch.allclose(p.grad, grads[name], atol=1e-5), (name, (p.grad - grads[name]).abs().max())
+
+
+def test_a_following_teacher_starts_as_the_student_and_moves_as_far_as_it_is_told(tiny):
+    cfg = egrsd.Config(model=str(tiny), lora_rank=4, teacher="ema")
+    model = egrsd.load_model(cfg, torch.device("cpu"))
+    student, teacher = egrsd.adapter(model, "default"), egrsd.adapter(model, "teacher")
+    assert set(student) == set(teacher) and len(student) == 28
+    assert all(torch.equal(student[name], teacher[name]) for name in student)
+    with torch.no_grad():
+        for p in student.values():
+            p.normal_(std=0.1)
+    rollouts = [egrsd.Rollout(0, {}, [5, 6, 7], [5, 6, 7], [20, 30, 40], advantage=1.0)]  # no privilege
+
+    def delta():
+        egrsd.learn(model, rollouts, cfg, egrsd.teach(model, rollouts, cfg), 3)
+        return rollouts[0].delta.abs().max().item()
+
+    assert delta() > 1e-2
+    assert all(p.grad is None for p in teacher.values()) and all(p.grad is not None for p in student.values())
+    before = {name: p.clone() for name, p in teacher.items()}
+    egrsd.follow(model, 0.25)
+    for name, p in teacher.items():
+        assert torch.allclose(p, 0.75 * before[name] + 0.25 * student[name], atol=1e-6)
+    egrsd.follow(model, 0.0)
+    egrsd.follow(model, 1.0)
+    assert delta() < 1e-5
+
+
+def test_only_crisp_hides_the_solution_and_asks_to_be_concise():
+    row = dict(problem="What is 1+1?", solution="It is \\boxed{2}.", gold="2")
+    for method in egrsd.TOKEN_WEIGHT:
+        prompt = egrsd.teacher_prompt(row, method)
+        assert (row["solution"] in prompt) == (method != "crisp") == (egrsd.CONCISE not in prompt)
+        assert prompt.startswith(row["problem"]) and prompt.endswith(egrsd.INSTRUCTION)
 
 
 # ------------------------------------------------------------------------------------------------------ a tiny real model
@@ -378,19 +495,114 @@ def test_no_two_rollouts_share_a_seed():
     assert len(seeds) == 3 * 50 * 32
 
 
-def test_grpo_groups_are_neighbours_of_one_problem_also_across_ranks(small, driver, tmp_path):
-    flags = [*small, "--out", tmp_path / "run", "--method", "grpo", "--rollouts_per_prompt", 4, "--length_bonus", 0.9]
-    flags[flags.index("--steps") + 1], flags[flags.index("--batch_size") + 1] = 2, 12  # groups 0-3, 4-7, 8-11; ranks 0-5, 6-11
-    done = run(*flags, ranks=2, driver=driver())
-    assert done.returncode == 0, done.stderr
-    rows = read(tmp_path / "run" / "rollouts.jsonl")
-    assert len(rows) == 24
-    for start in range(0, 24, 4):
+MANY = """
+import json, sys, egrsd
+egrsd.score_answer = lambda completion, row: sum(map(ord, completion)) % 2 == 0
+device, interrupt = egrsd.start_distributed(), egrsd.Interrupt()
+egrsd.start_distributed = lambda: device
+for flags in json.load(open(sys.argv[1])):  # many runs in one process: importing transformers takes longer than they do
+    cfg = egrsd.configure(egrsd.parse_flags(flags))
+    egrsd.validate(cfg)
+    egrsd.run_training(cfg, interrupt)
+"""
+SETTINGS = {**{method: ["--method", method] for method in egrsd.TOKEN_WEIGHT}, "ema": ["--teacher", "ema"],
+            "grouped": ["--method", "grpo", "--rollouts_per_prompt", "4", "--length_bonus", "0.9", "--batch_size", "12"],
+            "clipped": ["--method", "opsd", "--kl_clip", "0.01"], "copy_2": ["--teacher", "copy", "--teacher_every", "2"],
+            # these three are compared with others only:
+            "ema_0": ["--teacher", "ema", "--teacher_decay", "0"], "ema_1": ["--teacher", "ema", "--teacher_decay", "1"],
+            "copy_1": ["--teacher", "copy", "--teacher_every", "1"]}
+
+
+@pytest.fixture(scope="session")
+def other_models(tiny, tmp_path_factory):
+    """Random Llama, Qwen2 and Olmo-3 models, the last without a chat template."""
+    import transformers
+    folder, tokenizer = tmp_path_factory.mktemp("others"), egrsd.toy_tokenizer()
+    for name in ("Llama", "Qwen2", "Olmo3"):
+        torch.manual_seed(8)
+        if name == "Olmo3":
+            tokenizer.chat_template = None
+        getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def many(small, other_models, tmp_path_factory):
+    """Folders of three-step runs of all settings: one rank without a stop (`one`), stopped after two (`cut`), two ranks."""
+    base = tmp_path_factory.mktemp("many")
+    (base / "many.py").write_text(MANY)
+    common = [*map(str, small), "--steps", "3", "--warmup_steps", "1", "--save_every", "3", "--max_completion_length", "12",
+              "--tokens_per_pass", "4096"]
+
+    def runs(kind, names, *extra):
+        return [[*common, *SETTINGS[name], *extra, "--out", f"{base}/{kind}/{name}"] for name in names]
+
+    names = list(SETTINGS)[:-3]
+    plans = {1: [*runs("one", SETTINGS), *runs("cut", names, "--steps", "2"),
+                 *([f"--resume={base}/cut/{name}", "--steps=3"] for name in names),
+                 *([*common, "--steps", "2", "--model", str(model), "--out", f"{base}/{model.name}"] for model in other_models.iterdir())],
+             2: runs("two", names)}
+    for ranks, plan in plans.items():
+        (base / "plan.json").write_text(json.dumps(plan))
+        done = run(base / "plan.json", ranks=ranks, driver=base / "many.py")
+        assert done.returncode == 0, done.stderr[-3000:]
+    return base
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS)[:-3])
+def test_every_method_and_schedule_gives_the_same_on_two_ranks_and_after_a_resume(many, setting):
+    one, cut, two = (read(many / kind / setting / "metrics.jsonl") for kind in ("one", "cut", "two"))
+    assert list(map(reproducible, one)) == list(map(reproducible, cut)) and len(one) == 3
+    for (name, left), right in zip(adapter(many / "one" / setting / "step_3").items(),
+                                   adapter(many / "cut" / setting / "step_3").values(), strict=True):
+        assert torch.equal(left, right), name
+    for single, double in zip(one, two, strict=True):
+        assert set(single) == set(double)
+        for key in reproducible(single).keys() - {"engine_gap_mean", "engine_gap_p95", "engine_gap_max"}:
+            assert single[key] == pytest.approx(double[key], rel=1e-4, abs=1e-5), (single["step"], key)
+    weights = adapter(many / "one" / setting / "step_3")
+    assert len(weights) == 28 and not any("teacher" in name for name in weights)
+    assert all(x.abs().max() > 0 for name, x in weights.items() if "lora_B" in name)
+
+
+def test_decay_0_is_a_copy_every_step_and_decay_1_is_frozen_exactly(many):
+    metrics = {name: list(map(reproducible, read(many / "one" / name / "metrics.jsonl"))) for name in SETTINGS}
+    assert metrics["ema_0"] == metrics["copy_1"] and metrics["ema_1"] == metrics["egrsd"]
+    different = ("egrsd", "copy_1", "copy_2", "ema")
+    assert len({str([m["delta_abs"] for m in metrics[name]]) for name in different}) == 4
+    assert metrics["copy_2"][:2] == metrics["egrsd"][:2] and metrics["copy_2"][2] != metrics["egrsd"][2]
+    assert metrics["clipped"][0]["loss"] < metrics["opsd"][0]["loss"]
+
+
+def test_sft_trains_on_the_reference_solution_and_logs_nothing_it_has_not_measured(many):
+    rows, metrics = read(many / "one" / "sft" / "rollouts.jsonl"), read(many / "one" / "sft" / "metrics.jsonl")
+    assert all(row["completion"].endswith(row["gold"]) and row["completion"].strip() for row in rows)
+    assert all(row["completion_ids"][-1] == 3 and len(row["completion_ids"]) > 3 for row in rows)  # 3: the end-of-turn token
+    assert not {"reward", "correct", "advantage"} & set(rows[0])
+    assert not {"reward", "accuracy", "truncated", "entropy", "delta_abs", "omega", "engine_gap_max"} & set(metrics[0])
+    assert metrics[0]["tokens"] == sum(len(row["completion_ids"]) for row in rows if row["step"] == 1)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Olmo3"])
+def test_other_decoders_train_also_without_a_chat_template(many, name):
+    metrics, weights = read(many / name / "metrics.jsonl"), adapter(many / name / "step_2")
+    assert len(metrics) == 2 and all(0 < m["grad_norm"] and m["engine_gap_max"] < 1e-4 for m in metrics)
+    assert len(weights) == 28 and all(x.abs().max() > 0 for key, x in weights.items() if "lora_B" in key)
+
+
+def test_grpo_groups_are_neighbours_of_one_problem_also_across_ranks(many):
+    rows = read(many / "two" / "grouped" / "rollouts.jsonl")
+    assert len(rows) == 36
+    for start in range(0, 36, 4):  # groups 0-3, 4-7, 8-11; ranks 0-5, 6-11
         group = rows[start:start + 4]
         rewards = torch.tensor([r["reward"] for r in group], dtype=torch.float64)
         assert len({r["problem"] for r in group}) == 1 and len({str(r["completion_ids"]) for r in group}) > 1
         for r in group:
-            assert r["reward"] == pytest.approx(r["correct"] * (1 + 0.9 * (1 - len(r["completion_ids"]) / 24)))
+            assert r["reward"] == pytest.approx(r["correct"] * (1 + 0.9 * (1 - len(r["completion_ids"]) / 12)))
             assert r["advantage"] == pytest.approx(((r["reward"] - rewards.mean()) / (rewards.std() + 1e-4)).item())
 
 
@@ -1096,8 +1308,8 @@ def test_vllm_on_two_ranks_alone_or_decoding_together_draws_what_one_rank_draws(
 FRESH = """
 import sys, json, torch, egrsd
 egrsd.start_distributed()
-cfg = egrsd.Config(model=sys.argv[1], engine="vllm", lora_rank=4)
-engine = egrsd.VllmEngine(cfg, [0], 512, 0.3, 8)
+cfg = egrsd.Config(model=sys.argv[1], engine="vllm", lora_rank=4, batch_size=8, max_completion_length=256)
+engine = egrsd.start_vllm(cfg, egrsd.load_tokenizer(sys.argv[1])[0], [0], [dict(problem="long " * 50)])
 engine.use(sys.argv[2], 1)
 prompts = [json.loads(line)["prompt_ids"] for line in open(sys.argv[3])][-4:]
 drawn = sorted(engine.generate(prompts, [1, 2, 3, 4], 24, 1.0, 1.0, 0))

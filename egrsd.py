@@ -16,8 +16,9 @@ x confidence (is the teacher sure?):
     omega_it  gate             (T_i,)  -      1 - gamma H / H_max, at least 0.1, Eq. (6); with lookahead, Eq. (8)
     N         tokens           scalar  count  completion tokens of the step, all ranks together
 
-Missing on purpose: importance ratio, PPO clip (one update per batch: the ratio is 1), KL term (the teacher is the
-reference), value network, padding and masks (a rollout is one 1-D tensor). Where the paper is silent: see D1, D2, ...
+Missing on purpose: importance ratio and PPO clip (one update per batch), a KL penalty beside the reward (the teacher is
+the reference), value network, loss and attention masks (a rollout is one 1-D tensor; a pass pads on the right only).
+Six other methods share the loop, see TOKEN_WEIGHT. D1, D2, ... mark decisions where the paper is silent: see README.
 
     python egrsd.py --toy                                          # a laptop: 3 to 4 minutes, nothing downloaded
     torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # Qwen3-8B on 8 x 80 GB
@@ -59,8 +60,8 @@ class Config:
     max_grad_norm: float = 0.1  # the gradient is scaled down to this norm
     lora_rank: int = 64  # LoRA r; alpha is 2 r
     seed: int = 0  # of data order, LoRA initialisation and every rollout
-    max_completion_length: int = 1024  # L_max in tokens; longer completions are cut there
-    max_length: int = 20000  # problem + solution + completion in tokens; longer rows are skipped and counted
+    max_completion_length: int = 1024  # L_max in tokens; longer samples are cut there
+    max_length: int = 20000  # teacher's prompt + L_max in tokens; longer rows are skipped and counted
     thinking: bool = False  # Qwen3's thinking mode in the training prompts (off: D5)
     tokens_per_pass: int = 2048  # tokens, padding included, that share a forward pass: lower it when memory is short
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third slower
@@ -88,7 +89,7 @@ def one_line(error):
 
 # =================================================== 2. The method ====================================================
 # Pure functions of tensors, in the paper's order; log-probabilities and entropies in nats, float32, at temperature 1
-# (D1: the paper writes plain p, so the sampling temperature enters neither log p nor H). Last dimension = tokens.
+# (D1: the paper writes plain p, so the sampling temperature enters neither log p nor H). T = tokens, B = rollouts.
 
 STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first different one explode
 GATE_FLOOR = 0.1  # even the least certain token keeps a tenth of its weight, Eq. (6)
@@ -166,8 +167,8 @@ TOKEN_WEIGHT = {
     "egrsd": lambda r: r.advantage * r.magnitude * r.gate}  # Eq. (7): direction x magnitude x confidence
 
 def forward_kl(log_p, teacher_log_p, clip=0.0):
-    """KL(p_T || p_theta) of each token over the vocabulary, and its gradient by the student's logits; with a clip, an
-    entry adds at most so many nats, and no gradient once it is there. log-probs (T, V) -> (T,) nats, (T, V)."""
+    """KL(p_T || p_theta) of each token over the vocabulary, and its gradient with respect to the student's logits. With
+    clip > 0 an entry of the vocabulary adds at most clip nats, then without gradient. (T, V) -> (T,) nats, (T, V)."""
     entries, pull = teacher_log_p.exp() * (teacher_log_p - log_p), teacher_log_p.exp()
     if clip:
         pull = pull * (entries < clip)
@@ -192,12 +193,12 @@ def log_probs(hidden, head):
     return logits.sub_(logits.logsumexp(-1, keepdim=True))  # in place: memory is what counts here
 
 class HeadFunction(torch.autograd.Function):
-    """Hidden states -> (value, log p, entropy) of each token without ever holding (T, V), and nothing computed twice.
+    """Hidden states -> (value, log p, entropy) of each token, with the logits of HEAD_CHUNK tokens at a time.
     value is log p itself, or a divergence from the teacher's hidden states; only it has a gradient, only to hidden.
 
-    The gradient of a value reaches a token's state as slope_t W, (d,), slope_t (V,) being d value / d logits; for log p
-    that is onehot(y_t) - p_t. It is formed on the way forward and kept. The slope is cast and multiplied as one: in two
-    terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
+    d value_t / d hidden_t = slope_t @ head, where slope_t = d value_t / d logits_t, (V,); for log p that is
+    onehot(y_t) - p_t. forward computes and keeps it, (T, d), so that backward only scales. The slope is cast and
+    multiplied as one: in two terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
     """
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, divergence):
@@ -211,7 +212,7 @@ class HeadFunction(torch.autograd.Function):
             entropy[part] = -torch.linalg.vecdot(p, log_p)  # Eq. (4)
             if divergence:
                 value[part], slope = divergence(log_p, log_probs(teacher_hidden[part], head))
-            else:
+            else:  # p is not needed any more
                 value[part], slope = logp[part], p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))
             if jacobian is not None:
                 jacobian[part] = slope.to(head.dtype) @ head
@@ -265,9 +266,9 @@ def encode(tokenizer, user_turn, thinking):
 def draw(problems, tokenizer, cfg, state, count):
     """The next `count` (row, student ids, teacher ids) from state["position"] on, a seeded permutation per epoch, the
     same on all ranks. Rows longer than max_length are passed over and counted in state["too_long"]."""
-    drawn, last = [], state["position"] + count + len(problems)
+    drawn, misses = [], 0
     while len(drawn) < count:
-        require(state["position"] < last, f"--max_length {cfg.max_length}: too short for every problem in the data")
+        require(misses < len(problems), f"--max_length {cfg.max_length}: too short for every problem in the data")
         epoch, place = divmod(state["position"], len(problems))
         generator = torch.Generator().manual_seed(rollout_seed(cfg.seed, epoch, 0))
         row = problems[torch.randperm(len(problems), generator=generator)[place]]
@@ -277,6 +278,7 @@ def draw(problems, tokenizer, cfg, state, count):
         drawn += [(row, student, teacher)] if fits else []
         state["position"] += 1
         state["too_long"] += not fits
+        misses = 0 if fits else misses + 1
     return drawn
 
 # ===================================================== 4. Grading =====================================================
@@ -321,7 +323,7 @@ class Rollout:
     gate: torch.Tensor = None
 
 def adapter(model, which):
-    """The parameters of one of the model's LoRA adapters, by their names without its name."""
+    """{parameter name without the adapter's: parameter} of the model's LoRA adapter "default" or "teacher"."""
     return {name.replace(f".{which}.", "."): p for name, p in model.named_parameters() if f".{which}." in name}
 
 def head_of(model):
@@ -363,20 +365,22 @@ def scored(model, rollouts, prompt, tokens_per_pass, divergence=None):
         yield value, zip(group, *(each.split(lengths) for each in (hidden.detach(), *details)))
 
 def teach(model, rollouts, cfg):
-    """Teacher pass, Eq. (4), no gradient, privilege in view: fills teacher_logp and teacher_entropy, -> the largest H,
-    nats. The teacher is the base, adapter off, or its own adapter where it follows the student."""
+    """Teacher pass, Eq. (4), no gradient, reference solution (crisp: instruction) in the prompt: fills teacher_logp and
+    teacher_entropy, returns these rollouts' largest entropy, nats. The teacher is the base, adapter off, or where it
+    follows the student its own adapter. grpo needs none of this but logs it."""
     frozen = cfg.teacher == "frozen"
     model.set_adapter("default" if frozen else "teacher")
     with torch.no_grad(), model.disable_adapter() if frozen else contextlib.nullcontext():
         for _, each in scored(model, rollouts, "teacher_ids", cfg.tokens_per_pass):
-            for r, hidden, r.teacher_logp, r.teacher_entropy in each:
+            for r, hidden, r.teacher_logp, r.teacher_entropy in each:  # the loop itself fills the fields
                 r.teacher_hidden = hidden if cfg.method in DIVERGENCE else None
     model.set_adapter("default")  # a backward pass under another adapter would silently give no gradient
     return torch.cat([r.teacher_entropy for r in rollouts]).max().item()
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds these rollouts' share of the gradient, returns their share of L.
-    max_entropy (nats) and tokens N are of all ranks; all but the values is constant, log p_S detached from log p."""
+    max_entropy (nats) and tokens N are of all ranks. The gradient flows through the values alone, log p_S and H come
+    without one. w and omega are computed for every method with a teacher; those that ignore them log them."""
     total, divergence = 0.0, DIVERGENCE.get(cfg.method)
     if cfg.method == "opsd":
         divergence = functools.partial(divergence, clip=cfg.kl_clip)
@@ -488,7 +492,7 @@ class VllmEngine:
 # ==================================================== 7. The loop =====================================================
 
 def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
-    """Sample, score, teach, learn, sync, record, `steps` times; goes on from the newest snapshot in the run folder."""
+    """Sample, score, teach, learn, reduce, record, `steps` times, from the newest snapshot in the run folder on."""
     params = list(adapter(model, "default").values())
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D4: constant lr, no decay
     stats, share = Welford(), cfg.batch_size // WORLD
@@ -546,7 +550,7 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             loss = learn(model, mine, cfg, max_entropy, tokens)
             clock.lap("student_s")
 
-            # 5. sync: everyone's figures (gloo first: a lost rank shows there), then the sum of the gradients
+            # 5. reduce: everyone's figures (gloo first: a lost rank shows there), then the sum of the gradients
             losses, batches = zip(*gather((loss, [to_send(r) for r in mine])))
             loss, batch = sum(losses), sum(batches, [])
             for p in params:
@@ -670,7 +674,7 @@ def restore(folder, model, optimizer, stats):
         require(stored["base"] == state["base"], f"{model.name_or_path}: not the base that {snapshot} was trained on")
         optimizer.load_state_dict(stored.pop("optimizer"))
         stats.load_state_dict(stored.pop("welford"))
-        for name, weight in stored.pop("teacher").items():
+        for name, weight in stored.pop("teacher", {}).items():
             teacher[name].data.copy_(weight)
         state.update(stored)
     logs = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "rollouts") if RANK == 0}
@@ -978,19 +982,24 @@ def laboratory(argv):
     cores, and writes a table of them. The same command with --out again does what is missing."""
     from tqdm import tqdm
     given = parse_flags(argv, LAB_LISTS)
-    require(given.get("toy"), "--lab: works with --toy only")
+    require(given.get("toy") and not {"data", "resume"} & set(given), "--lab: needs --toy, and no --data or --resume")
     lists = [given.pop(name, str(getattr(Config, name))).split(",") for name in LAB_LISTS]
     out = Path(given.pop("out", f"out/lab-{datetime.datetime.now():%Y%m%d-%H%M%S}"))
     runs = {}  # (method, teacher, gamma, window, seed): flags
     for method, teacher, gamma, window, seed in itertools.product(*lists):
         if method != "egrsd":  # the gate is nobody else's
             gamma, window = lists[2][0], lists[3][0]
-        key = method, teacher if method != "sft" else "frozen", gamma, window, seed
+        key = method, "frozen" if method in ("sft", "grpo") else teacher, gamma, window, seed
         flags = {"model": str(out / f"model-{seed}"), **given, **dict(zip(LAB_LISTS, key)), "out": out / "-".join(key)}
         flags = [f"--{name}" + f"={value}" * (value is not True) for name, value in flags.items() if name != "lab"]
         validate(configure(parse_flags(flags)))  # a mistake shows now, not hours later
         runs[key] = flags
-    out.mkdir(parents=True, exist_ok=True)
+    settings = {**vars(configure(given)), "out": ""}
+    stored = json.loads((out / "lab.json").read_text()) if (out / "lab.json").exists() else settings
+    for name, value in settings.items():
+        require(stored.get(name) == value, f"--{name} {value}: the runs in {out} have {stored.get(name)!r}")
+    write_json(out / "lab.json", settings)
+    print(f"lab        {out}, {len(runs)} runs", flush=True)
     for seed in lists[4]:
         if "model" not in given and not (out / f"model-{seed}").exists():
             pretrain_toy(out / f"model-{seed}", int(seed))
@@ -1011,7 +1020,8 @@ def laboratory(argv):
                     running[key] = subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log)
             time.sleep(0.2)
             for key in [key for key, child in running.items() if child.poll() is not None]:
-                require(running.pop(key).returncode == 0, f"{out / '-'.join(key)}.log: this run failed, see there")
+                require(running.pop(key).returncode == 0 and len(results(key)) == 2,
+                        f"{out / '-'.join(key)}.log: this run failed, see there")
                 bar.update()
     finally:
         for child in running.values():
@@ -1031,8 +1041,8 @@ def lab_table(lists, results):
     groups = {("baseline",): [rows[0] for key, rows in results.items() if key[:4] == next(iter(results))[:4]]}
     for key in sorted(results, key=lambda key: list(TOKEN_WEIGHT).index(key[0])):
         groups.setdefault(key[:4], []).append(results[key][1])
-    _, teachers, gammas, windows, _ = lists
-    if len(gammas) > 1 and len(windows) > 1:
+    methods, teachers, gammas, windows, _ = lists
+    if methods == ["egrsd"] and len(teachers) == 1 and len(gammas) > 1 and len(windows) > 1:
         rows = [["gamma", *(f"W = {window}" for window in windows)]]
         rows += [[gamma, *(cell(groups["egrsd", teachers[0], gamma, window], "avg@K") for window in windows)]
                  for gamma in gammas]
@@ -1175,7 +1185,7 @@ def fingerprint(model):
     return sum((k + 1) * torch.hash_tensor(weight).view(torch.int64).item() for k, weight in enumerate(weights)) % 2**63
 
 def check_head(model, ids):
-    """Raises UserError unless logp_and_entropy agrees with the model's own logits on one row of ids."""
+    """Raises UserError unless head_terms agrees with the model's own logits on one row of ids."""
     row = Rollout(0, {}, ids[:1], [], ids[1:])
     with torch.no_grad(), model.disable_adapter(), autocast(model.device):
         (_, each), = scored(model, [row], "prompt_ids", 0)

@@ -587,6 +587,23 @@ def test_sft_trains_on_the_reference_solution_and_logs_nothing_it_has_not_measur
     assert metrics[0]["tokens"] == sum(len(row["completion_ids"]) for row in rows if row["step"] == 1)
 
 
+def test_the_laboratory_s_table_holds_mean_spread_and_ratio_in_the_papers_order_or_the_grid():
+    def row(accuracy, length):
+        return {"avg@K": accuracy, "length": length}
+
+    before = row(20.0, 80.0)
+    results = {("egrsd", "frozen", "0.3", "5", "1"): [before, row(60.0, 50.0)], ("egrsd", "frozen", "0.3", "5", "0"): [before, row(50.0, 40.0)],
+               ("grpo", "frozen", "0.3", "0", "0"): [before, row(30.0, 60.0)], ("egrsd", "frozen", "0.3", "0", "0"): [before, row(40.0, 50.0)]}
+    lines = egrsd.lab_table([["egrsd", "grpo"], ["frozen"], ["0.3"], ["0", "5"], ["0", "1"]], results).splitlines()
+    assert lines[0] == "| method | accuracy % | length | eff |"
+    assert lines[2:] == ["| baseline | 20.0 ± 0.0 | 80.0 ± 0.0 | 250 |", "| grpo | 30.0 | 60.0 | 500 |",
+                         "| egrsd window 5 | 55.0 ± 7.1 | 45.0 ± 7.1 | 1222 |", "| egrsd window 0 | 40.0 | 50.0 | 800 |"]
+    grid = {("egrsd", "frozen", gamma, window, "0"): [before, row(float(gamma) * 10 + int(window), 50.0)]
+            for gamma in ("0.3", "1") for window in ("0", "5")}
+    lines = egrsd.lab_table([["egrsd"], ["frozen"], ["0.3", "1"], ["0", "5"], ["0"]], grid).splitlines()
+    assert lines == ["| gamma | W = 0 | W = 5 |", "| --- | --- | --- |", "| 0.3 | 3.0 | 8.0 |", "| 1 | 10.0 | 15.0 |"]
+
+
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Olmo3"])
 def test_other_decoders_train_also_without_a_chat_template(many, name):
     metrics, weights = read(many / name / "metrics.jsonl"), adapter(many / name / "step_2")
@@ -1094,11 +1111,13 @@ def test_a_long_text_costs_linear_time():
 
 @pytest.mark.parametrize("flags, message", [
     ("--gama 0.3", "--gama"), ("--gam 0.3", "--gam"), ("--gamma nan", "finite"), ("--gamma inf", "finite"), ("--gamma -0.1", "not below 0"),
-    ("--window -1", "not below 0"), ("--lr -1e-6", "not below 0"), ("--window 1.5", "invalid int"), ("--method egsrd", "one of egrsd"),
+    ("--window -1", "not below 0"), ("--lr -1e-6", "not below 0"), ("--window 1.5", "invalid int"), ("--method egsrd", "one of sft, grpo, rlsd, opsd, crisp, dasd, egrsd"),
     ("--engine cuda", "one of auto"), ("--batch_size 32 --method grpo --rollouts_per_prompt 5", "divisible"), ("--steps 0", "above 0"),
     ("--rollouts_per_prompt 4", "only --method grpo"), ("--max_length 1000", "--max_completion_length"), ("--model=", "must not be empty"),
     ("--tensor_parallel 0", "above 0"), ("--rollouts_per_prompt 0", "above 0"), ("--data nothing.jsonl", "nothing.jsonl"),
-    ("--resume nowhere", "nowhere")])
+    ("--resume nowhere", "nowhere"), ("--teacher old", "one of frozen"), ("--kl_clip 0.1", "only --method opsd"),
+    ("--method sft --teacher ema", "has no teacher"), ("--teacher_decay 1.1", "not be above 1"), ("--lab", "needs --toy"),
+    ("--toy --lab --method egrsd,nope", "nope"), ("--toy --lab --seed 0,x", "--seed")])
 def test_a_user_error_is_one_line_and_exit_code_2(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["egrsd.py", *flags.split()])
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)

@@ -1040,19 +1040,21 @@ def lab_table(lists, results):
 
     groups = {("baseline",): [rows[0] for key, rows in results.items() if key[:4] == next(iter(results))[:4]]}
     for key in sorted(results, key=lambda key: list(TOKEN_WEIGHT).index(key[0])):
-        groups.setdefault(key[:4], []).append(results[key][1])
+        before, after = results[key]
+        groups.setdefault(key[:4], []).append({**after, "gain": after["avg@K"] - before["avg@K"]})
     methods, teachers, gammas, windows, _ = lists
     if methods == ["egrsd"] and len(teachers) == 1 and len(gammas) > 1 and len(windows) > 1:
         rows = [["gamma", *(f"W = {window}" for window in windows)]]
         rows += [[gamma, *(cell(groups["egrsd", teachers[0], gamma, window], "avg@K") for window in windows)]
                  for gamma in gammas]
     else:
-        rows = [["method", "accuracy %", "length", "eff"]]
+        rows = [["method", "accuracy %", "gain", "length", "eff"]]
         for (method, *rest), each in groups.items():
             label = [f"{name} {value}" for name, value, values in zip(LAB_LISTS[1:], rest, lists[1:])
                      if len(values) > 1 and (method == "egrsd" or name == "teacher")]
             accuracy, length = (statistics.fmean(row[name] for row in each) for name in ("avg@K", "length"))
-            rows.append([" ".join([method, *label]), cell(each, "avg@K"), cell(each, "length"),
+            rows.append([" ".join([method, *label]), cell(each, "avg@K"),
+                         cell(each, "gain") if "gain" in each[0] else "", cell(each, "length"),
                          f"{accuracy / (length / 1000):.0f}"])
     rows.insert(1, ["---"] * len(rows[0]))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

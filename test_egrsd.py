@@ -595,9 +595,10 @@ def test_the_laboratory_s_table_holds_mean_spread_and_ratio_in_the_papers_order_
     results = {("egrsd", "frozen", "0.3", "5", "1"): [before, row(60.0, 50.0)], ("egrsd", "frozen", "0.3", "5", "0"): [before, row(50.0, 40.0)],
                ("grpo", "frozen", "0.3", "0", "0"): [before, row(30.0, 60.0)], ("egrsd", "frozen", "0.3", "0", "0"): [before, row(40.0, 50.0)]}
     lines = egrsd.lab_table([["egrsd", "grpo"], ["frozen"], ["0.3"], ["0", "5"], ["0", "1"]], results).splitlines()
-    assert lines[0] == "| method | accuracy % | length | eff |"
-    assert lines[2:] == ["| baseline | 20.0 ± 0.0 | 80.0 ± 0.0 | 250 |", "| grpo | 30.0 | 60.0 | 500 |",
-                         "| egrsd window 5 | 55.0 ± 7.1 | 45.0 ± 7.1 | 1222 |", "| egrsd window 0 | 40.0 | 50.0 | 800 |"]
+    assert lines[0] == "| method | accuracy % | gain | length | eff |"
+    assert lines[2:] == ["| baseline | 20.0 ± 0.0 |  | 80.0 ± 0.0 | 250 |", "| grpo | 30.0 | 10.0 | 60.0 | 500 |",
+                         "| egrsd window 5 | 55.0 ± 7.1 | 35.0 ± 7.1 | 45.0 ± 7.1 | 1222 |",
+                         "| egrsd window 0 | 40.0 | 20.0 | 50.0 | 800 |"]
     grid = {("egrsd", "frozen", gamma, window, "0"): [before, row(float(gamma) * 10 + int(window), 50.0)]
             for gamma in ("0.3", "1") for window in ("0", "5")}
     lines = egrsd.lab_table([["egrsd"], ["frozen"], ["0.3", "1"], ["0", "5"], ["0"]], grid).splitlines()

@@ -1187,6 +1187,7 @@ def teach(model, rollouts, cfg):
     step = next(steps)
     if step in (2, 4) or step > 6:
         rollouts[0].teacher_entropy[0] = float("inf" if step % 2 else "nan")
+    return egrsd.torch.cat([r.teacher_entropy for r in rollouts]).max().item()
 egrsd.teach = teach
 """
     done = run(*small, "--out", tmp_path / "run", driver=driver(patch))

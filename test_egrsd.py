@@ -1,4 +1,4 @@
-"""Tests of egrsd.py: the maths against slow loops, the loop from outside, ranks, resume, faults. the README has the command.
+"""Tests of egrsd.py: the maths against slow loops, the loop from outside, ranks, resume, faults. The README has the command.
 
 The model of the end-to-end tests is a real Qwen3ForCausalLM with random weights, too small to earn a reward: their runs go
 through a five-line driver with a reward of its own (the fork the README describes), everything else is the real command.

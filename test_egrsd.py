@@ -458,6 +458,9 @@ def whole(small, driver, tmp_path_factory):
     return out
 
 
+SNAPSHOT = ["adapter_config.json", "adapter_model.safetensors", "trainer.pt"]
+
+
 def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -629,6 +632,7 @@ def test_every_method_and_schedule_gives_the_same_on_two_ranks_and_after_a_resum
             assert single[key] == pytest.approx(double[key], rel=1e-4, abs=1e-5), (single["step"], key)
     weights = adapter(many / "one" / setting / "step_3")
     assert len(weights) == 28 and not any("teacher" in name for name in weights)
+    assert sorted(p.name for p in (many / "one" / setting / "step_3").iterdir()) == SNAPSHOT
     assert all(x.abs().max() > 0 for name, x in weights.items() if "lora_B" in name)
 
 
@@ -736,7 +740,7 @@ def test_every_lora_b_moves_in_step_1_and_the_snapshot_loads_in_peft(whole, tiny
     b = {name: x for name, x in weights.items() if "lora_B" in name}
     assert len(b) == 14 and len(weights) == 28
     assert all(x.abs().max() > 0 for x in b.values()), [name for name, x in b.items() if not x.any()]
-    assert sorted(p.name for p in (whole / "step_1").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "trainer.pt"]
+    assert sorted(p.name for p in (whole / "step_1").iterdir()) == SNAPSHOT
 
 
 def test_changed_base_weights_stop_the_next_save(small, driver, tmp_path):

@@ -69,13 +69,18 @@ class Config:
     engine_memory: float = 0.3  # vllm's share of each GPU, its copy of the weights included
     tensor_parallel: int = 1  # ranks that decode together in one vllm engine
     toy: bool = False  # a tiny Qwen3 that learns to add, from scratch, on a laptop; only changes defaults
+    eval: str = ""  # benchmarks to evaluate on instead of training: aime24,aime25,hmmt25,math500,minerva,gsm8k or files
+    samples: int = 4  # K: samples a problem in an evaluation; aime24 has five times as many
+    adapter: str = ""  # --eval: a snapshot, or a run folder for all of its snapshots; empty = the base model
+    report: tuple = ()  # folders of evaluations to compare
     lab: bool = False  # with --toy: a run for each combination of comma lists in --method, --gamma, --seed, ...
     resume: str = ""  # run folder to continue
 
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
 SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollouts
 TOY = dict(model="", data="", lr=2e-4, max_completion_length=160, max_length=512, tokens_per_pass=16384)
-
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+EVAL = dict(thinking=True, max_completion_length=32768, max_length=10**6, engine_memory=0.9, batch_size=256 * WORLD)
 
 class UserError(Exception):
     """Something the user can mend: one line on stderr, exit code 2."""
@@ -414,11 +419,17 @@ class HfEngine:
     """transformers `generate` in the trainer's process: runs anywhere, slow on big models. VllmEngine, section 10, is
     the one for a GPU and has the same methods."""
     def __init__(self, model, ends):
-        self.model, self.ends = model, ends
+        self.model, self.base, self.ends = model, model, ends
 
     def sync(self, model, step):
         """In float32 it samples from a merged copy, a third faster; the trainer's own weights are never merged into."""
         self.model = copy.deepcopy(model).merge_and_unload() if model.dtype == torch.float32 else model
+
+    def use(self, folder, number):
+        """Samples from now on with the adapter in the folder, on the base model given at the start."""
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(copy.deepcopy(self.base), folder)
+        self.sync(model.eval(), number)
 
     @torch.no_grad()
     def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
@@ -559,11 +570,10 @@ def gold_answer(row):
     plain = [text for text in found if text not in ("", "nan", "inf", "-inf")]
     return next(iter([*worked, *plain, last_boxed(str(row.get("solution") or ""))])) or None
 
-def read_rows(path):
-    """Yields the rows of a local .jsonl or .parquet file, else of the train split of a hub data set, as dicts."""
-    local = path.endswith((".jsonl", ".parquet"))
-    require(Path(path).is_file() or not (local or Path(path).exists()),
-            f"{path}: no .jsonl or .parquet file, no hub id")
+def read_rows(path, subset=None, split="train"):
+    """Yields the rows of a local .jsonl or .parquet file, else of a data set on the hub or in a folder, as dicts."""
+    file = path.endswith((".jsonl", ".parquet"))
+    require(Path(path).is_file() == file, f"{path}: no .jsonl or .parquet file, no hub id")
     if path.endswith(".jsonl"):
         for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
             if line.strip():
@@ -576,33 +586,35 @@ def read_rows(path):
     else:
         from datasets import load_dataset
         try:
-            source = dict(path="parquet", data_files=path) if local else dict(path=path)
-            yield from load_dataset(**source, split="train")
+            source = dict(path="parquet", data_files=path) if file else dict(path=path, name=subset)
+            yield from load_dataset(**source, split=split)
         except Exception as error:  # whatever the hub, the cache, the network or the file has to say
             raise UserError(f"{path}: cannot be loaded ({one_line(error)})") from error
 
-def load_problems(path):
-    """Data file or hub id -> list of {problem, solution, gold}, all text; rows without all three are dropped."""
+def load_problems(path, subset=None, split="train", solved=True):
+    """Data file or hub id -> list of {problem, solution, gold}, all text; rows without all three are dropped. Problems
+    to be evaluated on (solved=False) need no solution."""
     problems, columns, count = [], set(), 0
-    for row in read_rows(path):
+    for row in read_rows(path, subset, split):
         count += 1
         columns.update(row)
         solution = row.get("solution") or (row["answer"] if "####" in str(row.get("answer")) else None)
         found = dict(problem=row.get("problem") or row.get("question"), solution=solution, gold=gold_answer(row))
-        if all(isinstance(text, str) and text.strip() and not BROKEN.search(text) for text in found.values()):
+        needed = [text for name, text in found.items() if solved or name != "solution"]
+        if all(isinstance(text, str) and text.strip() and not BROKEN.search(text) for text in needed):
             problems.append(found)
-    require(problems, f"{path}: none of its {count} rows has a problem (or question), a solution (or an answer with "
-            "####) and a gold answer (Answer, answer or a box in the solution); columns: "
-            + ", ".join(sorted(columns))[:300])
+    require(problems, f"{path}: none of its {count} rows has a problem (or question), "
+            + "a solution (or an answer with ####) " * solved + "and a gold answer (Answer, answer or a box in the "
+            "solution); columns: " + ", ".join(sorted(columns))[:300])
     if RANK == 0:
         print(f"data       {len(problems):,} problems from {path}, {count - len(problems):,} rows without all of "
-              "problem, solution and gold answer dropped")
+              f"problem, {'solution, ' * solved}gold answer dropped")
     return problems
 
-def latest_snapshot(folder):
-    """The newest step_N of a run folder, or None; an unfinished one is called step_N.tmp."""
+def snapshots(folder):
+    """The step_N of a run folder, oldest first; an unfinished one is called step_N.tmp."""
     complete = [path for path in Path(folder).glob("step_*") if path.name[5:].isdigit()]
-    return max(complete, key=lambda path: int(path.name[5:]), default=None)
+    return sorted(complete, key=lambda path: int(path.name[5:]))
 
 def save_snapshot(folder, model, optimizer, stats, state, logs):
     """Writes folder/step_N, whole or not at all: the adapter as PEFT and vLLM load it, trainer.pt with all the rest."""
@@ -629,7 +641,7 @@ def load_snapshot(snapshot, model):
 def restore(folder, model, optimizer, stats):
     """Puts model, optimizer and stats where the newest snapshot of a run left them -> trainer state, open logs."""
     state = dict(step=0, position=0, too_long=0, skipped=0, skipped_in_a_row=0, base=fingerprint(model), log_sizes={})
-    if snapshot := latest_snapshot(folder):
+    for snapshot in snapshots(folder)[-1:]:
         stored, teacher = load_snapshot(snapshot, model), adapter(model, "teacher")
         require(stored["base"] == state["base"], f"{model.name_or_path}: not the base that {snapshot} was trained on")
         optimizer.load_state_dict(stored.pop("optimizer"))
@@ -794,8 +806,8 @@ def start_vllm(cfg, tokenizer, ends, problems):
             cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
             distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
             max_model_len=min(context, cfg.max_length), max_num_seqs=cfg.batch_size // WORLD * cfg.tensor_parallel,
-            gpu_memory_utilization=cfg.engine_memory, enable_prefix_caching=False, enable_lora=True, max_loras=1,
-            max_lora_rank=max(8, 2 ** (cfg.lora_rank - 1).bit_length()),  # a power of 2
+            gpu_memory_utilization=cfg.engine_memory, enable_prefix_caching=bool(cfg.eval),
+            enable_lora=True, max_loras=1, max_lora_rank=max(8, 2 ** (cfg.lora_rank - 1).bit_length()),  # a power of 2
             enforce_eager=not cuda, disable_log_stats=True, use_tqdm_on_load=False)
     except Exception as error:  # out of memory, unsupported model, ...: vLLM raises all kinds
         raise OSError(f"vLLM does not start: {one_line(error)} (less --engine_memory needs less of the GPU; "
@@ -876,28 +888,144 @@ def math_verify_agrees(gold, answer):
 
 # =================================================== 12. Evaluation ===================================================
 
-def evaluate(cfg, folder, name, engine, tokenizer, problems, samples=4):
-    """Adds the row `name` to results.json: avg@K and pass@K in percent, mean length, eff; prints the table."""
-    jobs = [(p, k) for p in range(len(problems)) for k in range(samples)][RANK::WORLD]
-    prompts = [encode(tokenizer, student_prompt(problems[p]), cfg.thinking) for p, _ in jobs]
-    seeds, graded = [rollout_seed(cfg.seed, p, k) for p, k in jobs], []
-    for i, ids, _ in engine.generate(prompts, seeds, cfg.max_completion_length, temperature=1.0, top_p=0.95, top_k=0):
-        p, completion = jobs[i][0], tokenizer.decode(ids, skip_special_tokens=True)
-        graded.append((p, grade(completion, problems[p]["gold"]), len(ids)))
-    graded = sum(gather(graded), [])
+BENCHMARKS = {"aime24": ("HuggingFaceH4/aime_2024", None, "train"), "aime25": ("yentinglin/aime_2025", None, "train"),
+              "hmmt25": ("MathArena/hmmt_feb_2025", None, "train"), "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+              "minerva": ("math-ai/minervamath", None, "test"), "gsm8k": ("openai/gsm8k", "main", "test")}
+EVAL_SAMPLING = dict(temperature=1.0, top_p=0.95, top_k=0)
+EVAL_SETTINGS = ("samples", "seed", "thinking", "max_completion_length")  # one value each in a folder
+
+def sample_key(row):
+    return row["benchmark"], row["problem_id"], row["sample"]
+
+def stored_samples(folder):
+    """{(benchmark, problem, sample): its line} of an evaluation folder; a torn last line is not there."""
+    lines = [line for file in sorted(folder.glob("rank_*.jsonl")) for line in file.read_bytes().splitlines(True)]
+    return {sample_key(row): row for row in (json.loads(line) for line in lines if line.endswith(b"\n"))}
+
+def begin_evaluation(cfg, benchmarks, folder):
+    """Makes the folder fit for more samples, or refuses it -> {sample_key: line} of those it holds."""
+    file, settings = folder / "settings.json", {name: getattr(cfg, name) for name in EVAL_SETTINGS}
+    settings["model"] = Path(cfg.model).name
+    settings["adapter"] = "/".join(Path(cfg.adapter).absolute().parts[-2:]) if cfg.adapter else ""
+    stored = json.loads(file.read_text()) if file.exists() else settings
+    for name, value in settings.items():
+        require(stored[name] == value, f"--{name} {value}: the evaluation in {folder} has {stored[name]!r}")
+    done = stored_samples(folder)
+    for (name, p, _), row in done.items():
+        require(row["gold"] == dict(enumerate(benchmarks.get(name, []))).get(p, row)["gold"],
+                f"{folder}: holds an evaluation of other problems as {name}")
+    gather(None)  # everyone has read
     if RANK == 0:
-        _, right, lengths = map(sum, zip(*graded))
-        accuracy, length = 100 * right / len(graded), lengths / len(graded)
-        solved = {p for p, correct, _ in graded if correct}
-        file = folder / "results.json"
-        rows = json.loads(file.read_text())[:1] if file.exists() else []  # the other row is `before`
-        rows.append({"name": name, "avg@K": accuracy, "pass@K": 100 * len(solved) / len(problems), "K": samples,
-                     "length": length, "eff": accuracy / (length / 1000)})
-        write_json(file, rows)
-        if len(rows) == 2:
-            print(f"\n{'':10} {f'avg@{samples}':>8} {f'pass@{samples}':>8} {'length':>8} {'eff':>8}")
-            for row in rows:
-                print("{name:10} {avg@K:7.1f}% {pass@K:7.1f}% {length:8.1f} {eff:8.1f}".format(**row))
+        write_json(file, settings)
+        for log in folder.glob("rank_*.jsonl"):
+            os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
+    gather(None)
+    return done
+
+def evaluate(cfg, engine, tokenizer, benchmarks, folder):
+    """Answers each problem of {benchmark: problems} K times, each rank its share, a line in folder/rank_R.jsonl as each
+    sample is done; goes on with what is there already -> the rows of results(), on every rank."""
+    from tqdm import tqdm
+    done = begin_evaluation(cfg, benchmarks, folder)
+    jobs = [(name, p, k) for name, problems in benchmarks.items() for p in range(len(problems))
+            for k in range(cfg.samples * (5 if name == "aime24" else 1))]  # the paper's five repeats
+    mine = [job for job in jobs if job not in done][RANK::WORLD]  # neighbours are samples of one problem: even shares
+    prompts = [encode(tokenizer, student_prompt(benchmarks[name][p]), cfg.thinking) for name, p, _ in mine]
+    seeds, right = [rollout_seed(cfg.seed, p, k) for _, p, k in mine], 0
+    bar = tqdm(total=len(mine), unit="sample", desc=", ".join(benchmarks), disable=None if RANK == 0 else True)
+    with open(folder / f"rank_{RANK}.jsonl", "ab") as log:
+        for i, ids, _ in engine.generate(prompts, seeds, cfg.max_completion_length, **EVAL_SAMPLING):
+            (name, p, k), completion = mine[i], tokenizer.decode(ids, skip_special_tokens=True)
+            gold, finish = benchmarks[name][p]["gold"], "stop" if ids[-1] in engine.ends else "length"
+            correct = grade(completion, gold)
+            write_lines(log, [dict(benchmark=name, problem_id=p, sample=k, completion=completion, gold=gold,
+                                   extracted=last_boxed(completion), correct=correct, tokens=len(ids), finish=finish)])
+            right += correct
+            bar.update()
+            bar.set_postfix_str(f"{100 * right / max(bar.n, 1):.1f} % right")
+    bar.close()
+    gather(None)
+    done = stored_samples(folder)
+    return results([done[job] for job in jobs])
+
+def by_problem(samples):
+    """{benchmark: {problem: its samples}}"""
+    found = {}
+    for row in samples:
+        found.setdefault(row["benchmark"], {}).setdefault(row["problem_id"], []).append(row)
+    return found
+
+def accuracy(samples):
+    """Mean verdict in percent."""
+    return 100 * statistics.fmean(row["correct"] for row in samples)
+
+def standard_error(values):
+    return statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
+
+def macro(rows, names):
+    """The row below several benchmarks: their mean, each weighing the same, and its standard error."""
+    return {"name": "Avg.", "se": math.hypot(*(row["se"] for row in rows)) / len(rows),
+            **{name: statistics.fmean(row[name] for row in rows) for name in names}}
+
+def results(samples):
+    """The rows of results.json: a benchmark each, in percent and tokens; se is the standard error of avg@K over
+    problems, eff the accuracy for 1,000 tokens. Of several a row Avg., its eff the ratio of the macro means."""
+    rows = []
+    for name, problems in by_problem(samples).items():
+        means = [accuracy(each) for each in problems.values()]
+        rows.append({"name": name, "avg@K": statistics.fmean(means), "se": standard_error(means),
+                     "pass@K": 100 * statistics.fmean(mean > 0 for mean in means), "K": len(problems[0]),
+                     "length": statistics.fmean(row["tokens"] for each in problems.values() for row in each)})
+    rows += [macro(rows, ("avg@K", "pass@K", "length"))] if len(rows) > 1 else []
+    return [{**row, "eff": row["avg@K"] / (row["length"] / 1000)} for row in rows]
+
+def print_table(title, rows):
+    print(f"\n{title:24} {'avg@K':>8} {'+- se':>7} {'pass@K':>8} {'K':>4} {'length':>9} {'eff':>8}")
+    form = "{name:24} {avg@K:7.2f}% {se:7.2f} {pass@K:7.2f}% {K:>4} {length:9.1f} {eff:8.2f}"
+    for row in rows:
+        print(form.format(**{"K": "", **row}))
+
+def run_evaluation(cfg):
+    """--eval: the base model, a snapshot, or all snapshots of a run, on benchmarks. With vLLM no other model is
+    loaded."""
+    benchmarks = {Path(name).stem: load_problems(*BENCHMARKS.get(name, (name,)), solved=False)
+                  for name in cfg.eval.split(",")}
+    device = start_distributed()
+    tokenizer, ends = load_tokenizer(cfg.model)
+    engine = start_vllm(cfg, tokenizer, ends, sum(benchmarks.values(), []))
+    engine = engine or HfEngine(load_base(cfg, device), ends)
+    table = {}
+    for number, snapshot in enumerate(snapshots(cfg.adapter) or [Path(cfg.adapter)] if cfg.adapter else [None]):
+        name, folder = "base", Path(cfg.out or f"out/eval-{Path(cfg.model).name}")
+        if snapshot:
+            name, folder = snapshot.name, folder / snapshot.name if cfg.out else snapshot / "eval"
+            cfg = dataclasses.replace(cfg, adapter=str(snapshot))
+            engine.use(snapshot, number + 1)
+        table[name] = evaluate(cfg, engine, tokenizer, benchmarks, folder)
+        if RANK == 0:
+            write_json(folder / "results.json", table[name])
+            print_table(f"{name}, {folder}", table[name])
+    columns = [*benchmarks, "Avg."]
+    if RANK == 0 and len(columns) > 2:  # as the paper prints it
+        print("\n" + " " * 12 + "".join(f"{column:>9}" for column in columns) + "   AvgLen     Eff")
+        for name, rows in table.items():
+            print(f"{name:12}" + "".join(f"{row['avg@K']:9.2f}" for row in rows)
+                  + "{length:9,.0f} {eff:7.2f}".format(**rows[-1]))
+
+def compare(folders):
+    """--report A B ...: the difference in accuracy of each evaluation to the first, paired by problem, in points."""
+    first, *others = (by_problem(stored_samples(Path(folder)).values()) for folder in folders)
+    for folder, other in zip(folders[1:], others):
+        rows = []
+        for name in first.keys() & other.keys():
+            common = first[name].keys() & other[name].keys()
+            gaps = [accuracy(other[name][p]) - accuracy(first[name][p]) for p in common]
+            rows.append(dict(name=name, gap=statistics.fmean(gaps), se=standard_error(gaps), problems=len(gaps)))
+        require(rows, f"--report: {folders[0]} and {folder} are no evaluations of the same problems")
+        rows += [{**macro(rows, ["gap"]), "problems": sum(row["problems"] for row in rows)}] if len(rows) > 1 else []
+        print(f"\n{folder} minus {folders[0]}, points, paired by problem")
+        for row in rows:
+            print("{name:24} {gap:+7.2f} +- {se:5.2f}   {problems} problems".format(**row))
 
 # ==================================================== 13. The toy =====================================================
 # Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and
@@ -1022,7 +1150,8 @@ def laboratory(argv):
             gamma, window = lists[2][0], lists[3][0]
         key = method, "frozen" if method in ("sft", "grpo") else teacher, gamma, window, seed
         flags = {"model": str(out / "model"), **given, **dict(zip(LAB_LISTS, key)), "out": out / "-".join(key)}
-        flags = [f"--{name}" + f"={value}" * (value is not True) for name, value in flags.items() if name != "lab"]
+        flags = [f"--{name}" + f"={value}" * (value is not True) for name, value in flags.items()
+                 if name != "lab" and value is not False]
         validate(configure(parse_flags(flags)))  # a mistake shows now, not hours later
         runs[key] = flags
     settings = {**vars(configure(given)), "out": ""}
@@ -1105,9 +1234,9 @@ def parse_flags(argv, lists=()):
     helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", Path(__file__).read_text(), re.M))
     for field in dataclasses.fields(Config):
         value = dict(type=str if field.name in lists else field.type, metavar=field.type.__name__.upper())
-        default = f" (default {field.default})" if field.default not in ("", False) else ""
-        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]}{default}".replace("%", "%%"),
-                            **dict(action="store_true") if field.type is bool else value)
+        default = f" (default {field.default})" if field.default not in ("", False, ()) else ""
+        value = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}.get(field.type, value)
+        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]}{default}".replace("%", "%%"), **value)
     return vars(parser.parse_args(argv))
 
 def validate(cfg):
@@ -1130,16 +1259,28 @@ def validate(cfg):
               ("tensor_parallel", WORLD % max(cfg.tensor_parallel, 1) == 0, f"must divide the {WORLD} ranks"),
               ("batch_size", cfg.batch_size % WORLD == 0, f"must be divisible by the {WORLD} ranks"),
               ("batch_size", groups, "must be divisible by --rollouts_per_prompt"),
-              ("max_length", cfg.max_length > cfg.max_completion_length, "must be above --max_completion_length")]
+              ("max_length", cfg.max_length > cfg.max_completion_length, "must be above --max_completion_length"),
+              ("eval", all(cfg.eval.split(",")) or not cfg.eval, "has an empty name in it"),
+              ("eval", cfg.model or not cfg.eval, "needs --model or --adapter"),
+              ("adapter", cfg.eval or not cfg.adapter, "goes with --eval")]
     for name, kept, rule in rules:
         require(kept, f"--{name} {getattr(cfg, name)}: {rule}")
 
 RESUME_MAY_CHANGE = ("steps", "save_every", "engine", "tensor_parallel")
 
+def trained_on(adapter):
+    """What the flags of an evaluation leave to its snapshot, or to the snapshots of its run."""
+    files = [folder / "adapter_config.json" for folder in (Path(adapter), *snapshots(adapter))]
+    config = next((json.loads(file.read_text()) for file in files if file.is_file()), None)
+    require(config, f"--adapter {adapter}: no snapshot there (no adapter_config.json)")
+    return dict(model=config["base_model_name_or_path"], lora_rank=config["r"])
+
 def configure(given):
     """Flags -> Config: the defaults, over them those of --toy or all of the run to --resume, over them the flags."""
     if "resume" not in given:
-        return Config(**{**(TOY if given.get("toy") else {}), **given})
+        trained = trained_on(given["adapter"]) if given.get("adapter") else {}
+        purpose = {**(TOY if given.get("toy") else {}), **(EVAL if given.get("eval") else {})}
+        return Config(**{**purpose, **trained, **given})
     file = Path(given["resume"], "config.json")
     require(file.is_file(), f"--resume {given['resume']}: no run there (no config.json)")
     try:
@@ -1194,13 +1335,19 @@ def load_tokenizer(path):
     ids = GenerationConfig.from_pretrained(path).eos_token_id if known else []
     return tokenizer, sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
-def load_model(cfg, device):
-    """The causal LM, bf16 on a GPU and float32 on a CPU, with a fresh float32 LoRA adapter on its seven projections."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def load_base(cfg, device):
+    """The causal LM, bf16 on a GPU and float32 on a CPU."""
+    from transformers import AutoModelForCausalLM, GenerationConfig, utils
+    utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype).to(device)
     model.generation_config = GenerationConfig()  # nothing to inherit: every sampling setting comes from us
+    return model.eval()
+
+def load_model(cfg, device):
+    """The base with a fresh float32 LoRA adapter on its seven projections."""
+    from peft import LoraConfig, get_peft_model
+    model = load_base(cfg, device)
     torch.manual_seed(cfg.seed)  # building an engine reseeds: without this, every rank would start another LoRA
     lora = LoraConfig(
         r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, lora_dropout=0.0, task_type="CAUSAL_LM",
@@ -1233,8 +1380,6 @@ def check_head(model, ids):
 
 def run_training(cfg, interrupt):
     """One run from flags to results: problems, models, the loop; for the toy also pre-training and the table."""
-    from transformers import utils
-    utils.logging.disable_progress_bar()
     adds = cfg.toy and not cfg.data
     if adds:
         problems = toy_problems(random.Random(cfg.seed), TOY_HELD_OUT + TOY_PROBLEMS)
@@ -1261,13 +1406,17 @@ def run_training(cfg, interrupt):
     model = load_model(cfg, device)
     check_head(model, encode(tokenizer, student_prompt(problems[0]), cfg.thinking))
     engine = engine or HfEngine(model, ends)
-    if adds and not (folder / "results.json").exists():
-        evaluate(cfg, folder, "before", engine, tokenizer, held_out)
+    table = []
+    if adds:
+        table += evaluate(cfg, engine, tokenizer, {"before": held_out}, folder / "eval" / "step_0")
     train(cfg, folder, model, tokenizer, engine, problems, interrupt)
     interrupt.release()
     if adds:
         engine.sync(model, cfg.steps + 1)
-        evaluate(cfg, folder, "after", engine, tokenizer, held_out)
+        table += evaluate(cfg, engine, tokenizer, {"after": held_out}, folder / "eval" / f"step_{cfg.steps}")
+        if RANK == 0:
+            write_json(folder / "results.json", table)
+            print_table(f"{TOY_HELD_OUT} held-out additions", table)
 
 def main():
     interrupt = Interrupt()
@@ -1277,7 +1426,12 @@ def main():
         else:
             cfg = configure(parse_flags(sys.argv[1:]))
             validate(cfg)
-            run_training(cfg, interrupt)
+            if cfg.report:
+                compare(cfg.report)
+            elif cfg.eval:
+                run_evaluation(cfg)
+            else:
+                run_training(cfg, interrupt)
         return 0
     except (UserError, FloatingPointError) as error:  # all ranks have it
         message, code = error, 2 if isinstance(error, UserError) else 1

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -381,11 +382,13 @@ def launched(*flags, **options):
     return subprocess.run(command(*flags, **options), capture_output=True, text=True, timeout=120)
 
 
+needs_vllm = pytest.mark.skipif(egrsd.importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3", "transformers.generation", "peft", "datasets", "vllm"])
 FORKED = """
 import os, runpy, sys
 os.environ.update({env!r})
+os.chdir({cwd!r})
 sys.argv = {argv!r}
 for fd in 1, 2:
     os.dup2(os.open("{log}." + str(fd), os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
@@ -396,12 +399,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Forked:
     """The same command in processes forked from one that holds the libraries, which take longer to import than most of
     these runs. Its environment is what torchrun would set."""
-    def __init__(self, *flags, ranks=1, driver=HERE / "egrsd.py", **env):
+    def __init__(self, *flags, ranks=1, driver=HERE / "egrsd.py", cwd=".", **env):
         with socket.create_server(("127.0.0.1", 0)) as server:
             env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]), WORLD_SIZE=str(ranks))
         self.log, self.processes = tempfile.mktemp(), []
         for rank in range(ranks):
-            code = FORKED.format(argv=[str(driver), *map(str, flags)], env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log=self.log)
+            env.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            code = FORKED.format(argv=[str(driver), *map(str, flags)], env=env, cwd=str(Path(cwd).absolute()), log=self.log)
             self.processes.append(forks.Process(target=exec, args=(code, {})))
             self.processes[-1].start()
 
@@ -723,7 +727,7 @@ def test_a_killed_run_resumed_equals_the_uninterrupted_one_bit_for_bit(whole, sm
     for kill, last in (("teach:3", 2), ("rename:5", 5)):
         done = run(*flags, driver=killer, KILL=kill)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        assert egrsd.latest_snapshot(out).name == f"step_{last}"
+        assert egrsd.snapshots(out)[-1].name == f"step_{last}"
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 99, "rew')  # a torn last line
         flags = ["--resume", out]
@@ -754,7 +758,7 @@ egrsd.learn = learn
 """
     done = run(*small, "--out", tmp_path / "run", driver=driver(patch))
     assert done.returncode == 1 and "base weights" in done.stderr, done.stderr
-    assert egrsd.latest_snapshot(tmp_path / "run") is None
+    assert not egrsd.snapshots(tmp_path / "run")
 
 
 def test_rollouts_are_cut_at_the_first_end_token_which_is_kept_and_trained(whole, tiny):
@@ -1174,6 +1178,188 @@ def test_a_long_text_costs_linear_time():
     assert time.perf_counter() - start < 2
 
 
+# ------------------------------------------------------------------------------------------------- evaluation
+
+GSM8K = """---
+configs:
+- config_name: main
+  data_files:
+  - {split: test, path: main/test-*}
+- config_name: socratic
+  data_files:
+  - {split: test, path: socratic/test-*}
+---
+"""
+# benchmark: its files, the gold answers they hold, and a right and a wrong way to answer the last of them
+LAYOUTS = {
+    "aime24": ({"HuggingFaceH4/aime_2024/data/train-00000-of-00001.parquet": [
+        dict(id=60, problem="Every morning Aya walks.", solution=r"so \boxed{204}", answer="204", url="u", year="2024"),
+        dict(id=61, problem="Find x.", solution=r"\boxed{025}", answer="025", url="u", year="2024")]}, ["204", "025"], "25", "26"),
+    "aime25": ({"yentinglin/aime_2025/data/train-00000-of-00001.parquet": [
+        dict(id=1, problem="Find the sum.", answer=70, solution="70", url="u", year=2025),
+        dict(id=2, problem="Find n.", answer=588, solution="588", url="u", year=2025)]}, ["70", "588"], "588", "589"),
+    "hmmt25": ({"MathArena/hmmt_feb_2025/data/train-00000-of-00001.parquet": [
+        dict(problem_idx=1, problem="Compute.", answer="103", problem_type=["Number Theory"]),
+        dict(problem_idx=2, problem="Find it.", answer=r"\frac{9 \sqrt{23}}{23}", problem_type=["Geometry"])]},
+        ["103", r"\frac{9 \sqrt{23}}{23}"], r"\frac{9}{\sqrt{23}}", r"\frac{9}{23}"),
+    "math500": ({"HuggingFaceH4/MATH-500/test.jsonl": [
+        dict(problem="Convert.", solution=r"\boxed{\left( 3, \frac{\pi}{2} \right)}", answer=r"\left( 3, \frac{\pi}{2} \right)",
+             subject="Precalculus", level=2, unique_id="test/1")]}, [r"\left( 3, \frac{\pi}{2} \right)"], r"(3, \pi/2)", r"(3, \pi)"),
+    "minerva": ({"math-ai/minervamath/test.jsonl": [
+        dict(question="A star?", answer="6e33"), dict(question="How hot?", answer="5.47e5")]}, ["6e33", "5.47e5"], r"5.47 \times 10^5", "5.47"),
+    "gsm8k": ({"openai/gsm8k/README.md": GSM8K, "openai/gsm8k/socratic/test-00000-of-00001.parquet": [dict(question="no", answer="no")],
+               "openai/gsm8k/main/test-00000-of-00001.parquet": [
+        dict(question="Eggs?", answer="16 - 3 = <<16-3=13>>13\n#### 13"), dict(question="Cost?", answer="much\n#### 1,080")]},
+        ["13", "1,080"], "1080", "108")}
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A folder in which the benchmarks' hub ids are folders, in the layout the hub has."""
+    from datasets import Dataset
+    base = tmp_path_factory.mktemp("hub")
+    for files, *_ in LAYOUTS.values():
+        for name, rows in files.items():
+            (base / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".parquet"):
+                Dataset.from_list(rows).to_parquet(base / name)
+            else:
+                (base / name).write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    return base
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_each_benchmarks_layout_loads_and_grades(name, hub, monkeypatch):
+    monkeypatch.chdir(hub)
+    _, gold, right, wrong = LAYOUTS[name]
+    problems = egrsd.load_problems(*egrsd.BENCHMARKS[name], solved=False)
+    assert [row["gold"] for row in problems] == gold and all(row["problem"] for row in problems)
+    assert egrsd.grade(rf"so \boxed{{{right}}}", gold[-1]) and not egrsd.grade(rf"so \boxed{{{wrong}}}", gold[-1])
+
+
+def evaluation(tiny, out, *flags):
+    return ["--model", tiny, "--out", out, "--samples", 2, "--max_completion_length", 16, "--eval", ",".join(LAYOUTS), *flags]
+
+
+def samples(folder):
+    rows = [row for file in folder.glob("rank_*.jsonl") for row in read(file)]
+    return sorted(rows, key=lambda row: (row["benchmark"], row["problem_id"], row["sample"]))
+
+
+GRADED = "egrsd.grade = lambda completion, gold: sum(map(ord, completion)) % 3 == 0"  # the tiny model is never right
+STOPPED = GRADED + """
+import os, signal
+lines, real = iter(range(1, 99)), egrsd.write_lines
+def write_lines(file, rows):
+    real(file, rows)
+    if next(lines) == 7:
+        file.write(b'{"benchmark": "aime24", "probl')
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+egrsd.write_lines = write_lines
+"""
+
+
+@pytest.fixture(scope="session", params=["hf", pytest.param("vllm", marks=needs_vllm)])
+def evaluated(request, tiny, hub, driver, tmp_path_factory):
+    """The evaluation of all six benchmarks on one rank without a stop; and on two ranks, killed, then run again."""
+    base, flags = tmp_path_factory.mktemp("evaluated"), ["--engine", request.param]
+    done = run(*evaluation(tiny, base / "whole", *flags), driver=driver(GRADED), cwd=hub)
+    assert done.returncode == 0, done.stderr
+    killed = run(*evaluation(tiny, base / "killed", *flags), driver=driver(STOPPED), cwd=hub, ranks=2)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    first = [(base / "killed" / f"rank_{rank}.jsonl").read_bytes() for rank in (0, 1)]
+    assert [text.count(b"\n") for text in first] == [7, 7] and not any(text.endswith(b"\n") for text in first)
+    again = run(*evaluation(tiny, base / "killed", *flags), driver=driver(GRADED), cwd=hub, ranks=2)
+    assert again.returncode == 0, again.stderr
+    for rank, text in enumerate(first):
+        assert (base / "killed" / f"rank_{rank}.jsonl").read_bytes().startswith(text[:text.rfind(b"\n") + 1])
+    return base, done.stdout
+
+
+def test_an_evaluation_killed_on_two_ranks_and_run_again_loses_nothing_and_counts_nothing_twice(evaluated):
+    base, _ = evaluated
+    one, two = samples(base / "whole"), samples(base / "killed")
+    assert one == two and len(one) == 2 * 10 + 2 * (2 + 2 + 1 + 2 + 2)
+    assert len({(row["benchmark"], row["problem_id"], row["sample"]) for row in one}) == len(one)
+    assert len({row["completion"] for row in one}) > 0.9 * len(one)
+    assert json.loads((base / "whole" / "results.json").read_text()) == json.loads((base / "killed" / "results.json").read_text())
+
+
+def test_the_table_is_what_the_lines_say(evaluated):
+    base, printed = evaluated
+    table = {row["name"]: row for row in json.loads((base / "whole" / "results.json").read_text())}
+    assert list(table) == [*LAYOUTS, "Avg."]
+    rows, accuracies, lengths = samples(base / "whole"), [], []
+    for name in LAYOUTS:
+        mine = [row for row in rows if row["benchmark"] == name]
+        right = {}
+        for row in mine:
+            right.setdefault(row["problem_id"], []).append(row["correct"])
+        k = 10 if name == "aime24" else 2
+        assert all(len(verdicts) == k for verdicts in right.values()) and table[name]["K"] == k
+        n, means = len(right), [sum(verdicts) / k for verdicts in right.values()]
+        mean = sum(means) / n
+        accuracies.append(100 * mean)
+        lengths.append(sum(row["tokens"] for row in mine) / len(mine))
+        assert table[name]["avg@K"] == pytest.approx(100 * mean) and table[name]["length"] == pytest.approx(lengths[-1])
+        assert table[name]["pass@K"] == pytest.approx(100 * sum(any(verdicts) for verdicts in right.values()) / n)
+        error = 100 * math.sqrt(sum((x - mean) ** 2 for x in means) / (n - 1) / n) if n > 1 else 0
+        assert table[name]["se"] == pytest.approx(error)
+        assert table[name]["eff"] == pytest.approx(1000 * accuracies[-1] / lengths[-1])
+        assert f"{name:24} {100 * mean:7.2f}% {error:7.2f}" in printed
+    assert 10 < sum(accuracies) / 6 < 60 and len({round(x, 3) for x in accuracies}) > 1
+    average = table["Avg."]
+    assert average["avg@K"] == pytest.approx(sum(accuracies) / 6) and average["length"] == pytest.approx(sum(lengths) / 6)
+    assert average["eff"] == pytest.approx(sum(accuracies) / (sum(lengths) / 1000))
+    assert average["se"] == pytest.approx(math.sqrt(sum(table[name]["se"] ** 2 for name in LAYOUTS)) / 6)
+    assert printed.splitlines()[-1].split() == ["base", *(f"{x:.2f}" for x in (*accuracies, sum(accuracies) / 6)),
+                                                f"{sum(lengths) / 6:.0f}", f"{average['eff']:.2f}"]
+    assert {row["finish"] for row in rows} == {"stop", "length"}
+    assert all((row["finish"] == "length") <= (row["tokens"] == 16) for row in rows)
+
+
+def test_all_snapshots_of_a_run_are_evaluated_each_with_its_weights_and_other_settings_are_refused(whole, problems, driver, tmp_path):
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(problems.read_text().splitlines(True)[:3]))
+    shutil.copytree(whole, tmp_path / "run")
+    for step in [path for path in (tmp_path / "run").glob("step_*") if path.name not in ("step_1", "step_12")]:
+        shutil.rmtree(step)
+    flags = ["--eval", short, "--adapter", tmp_path / "run", "--max_completion_length", 16, "--engine", "hf"]
+    done = run(*flags, driver=driver(GRADED))
+    assert done.returncode == 0, done.stderr
+    first, last = (samples(tmp_path / "run" / f"step_{n}" / "eval") for n in (1, 12))
+    assert len(first) == len(last) == 3 * 4 and [row["completion"] for row in first] != [row["completion"] for row in last]
+    assert done.stdout.index("step_1,") < done.stdout.index("step_12,")
+    done = run(*flags[:2], "--adapter", tmp_path / "run" / "step_12", *flags[4:], "--out", tmp_path / "alone", driver=driver(GRADED))
+    assert done.returncode == 0 and samples(tmp_path / "alone" / "step_12") == last, done.stderr
+    done = run(*flags, "--samples", 3)
+    assert done.returncode == 2 and "--samples 3: the evaluation in" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    short.write_text(problems.read_text().splitlines()[5])
+    done = run(*flags)
+    assert done.returncode == 2 and "of other problems as short" in done.stderr, done.stderr
+    assert len(samples(tmp_path / "run" / "step_1" / "eval")) == 12
+
+
+def test_report_pairs_two_evaluations_by_problem(tmp_path, capsys):
+    verdicts = {"base": {"a": ["10", "00", "11"], "b": ["00", "11"]}, "trained": {"a": ["11", "01", "11"], "b": ["00", "10"]}}
+    for name, benchmarks in verdicts.items():
+        (tmp_path / name).mkdir()
+        rows = [dict(benchmark=benchmark, problem_id=p, sample=k, correct=x == "1", tokens=5)
+                for benchmark, problems in benchmarks.items() for p, word in enumerate(problems) for k, x in enumerate(word)]
+        (tmp_path / name / "rank_0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    egrsd.compare([tmp_path / "base", tmp_path / "trained"])
+    a, b = (50 + 50 + 0) / 3, (0 - 50) / 2
+    error_a = math.sqrt(((50 - a) ** 2 * 2 + a ** 2) / 2 / 3)
+    error_b = math.sqrt((b ** 2 + (-50 - b) ** 2) / 1 / 2)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines == [["a", f"{a:+.2f}", "+-", f"{error_a:.2f}", "3", "problems"], ["b", f"{b:+.2f}", "+-", f"{error_b:.2f}", "2", "problems"],
+                     ["Avg.", f"{(a + b) / 2:+.2f}", "+-", f"{math.hypot(error_a, error_b) / 2:.2f}", "5", "problems"]]
+    (tmp_path / "base" / "rank_0.jsonl").unlink()
+    with pytest.raises(egrsd.UserError, match="no evaluations of the same problems"):
+        egrsd.compare([tmp_path / "base", tmp_path / "trained"])
+
+
 # ------------------------------------------------------------------------------------------------- the command line, errors
 
 @pytest.mark.parametrize("flags, message", [
@@ -1184,7 +1370,9 @@ def test_a_long_text_costs_linear_time():
     ("--tensor_parallel 0", "above 0"), ("--rollouts_per_prompt 0", "above 0"), ("--data nothing.jsonl", "nothing.jsonl"),
     ("--resume nowhere", "nowhere"), ("--teacher old", "one of frozen"), ("--kl_clip 0.1", "only --method opsd"),
     ("--method sft --teacher ema", "has no teacher"), ("--teacher_decay 1.1", "not be above 1"), ("--lab", "needs --toy"),
-    ("--toy --lab --method egrsd,nope", "nope"), ("--toy --lab --seed 0,x", "--seed")])
+    ("--toy --lab --method egrsd,nope", "nope"), ("--toy --lab --seed 0,x", "--seed"),
+    ("--adapter nowhere --eval x", "no snapshot there"), ("--eval aime24,,x", "empty name"), ("--toy --eval x", "needs --model"),
+    ("--eval nothing.jsonl", "nothing.jsonl")])
 def test_a_user_error_is_one_line_and_exit_code_2(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["egrsd.py", *flags.split()])
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -1238,7 +1426,7 @@ def test_a_signal_saves_the_last_completed_step_and_leaves_quickly(number, code,
     assert time.perf_counter() - start < 10
     assert "Traceback" not in process.stderr.read()
     last = read(metrics)[-1]["step"]
-    assert egrsd.latest_snapshot(tmp_path / "run").name == f"step_{last}"
+    assert egrsd.snapshots(tmp_path / "run")[-1].name == f"step_{last}"
     if number == signal.SIGTERM:  # the abandoned step left no trace: the next ones are those of the uninterrupted run
         done = run("--resume", tmp_path / "run", "--steps", last + 2, driver=driver())
         assert done.returncode == 0, done.stderr
@@ -1277,7 +1465,7 @@ egrsd.torch.save = save
 """
     done = run(*small, "--out", tmp_path / "run", driver=driver(patch))
     assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert egrsd.latest_snapshot(tmp_path / "run").name == "step_2"
+    assert egrsd.snapshots(tmp_path / "run")[-1].name == "step_2"
 
 
 def test_a_dead_rank_ends_the_others(small, driver, tmp_path):
@@ -1293,7 +1481,7 @@ egrsd.learn = learn
     done = launched(*small, "--out", tmp_path / "run", ranks=2, driver=driver(patch))
     assert done.returncode != 0 and "rank 1 breaks here" in done.stderr
     assert time.perf_counter() - start < 60
-    assert egrsd.latest_snapshot(tmp_path / "run").name == "step_2"
+    assert egrsd.snapshots(tmp_path / "run")[-1].name == "step_2"
 
 
 def test_the_toy_model_is_a_function_of_the_seed_and_its_run_leaves_what_it_should(tmp_path, monkeypatch):
@@ -1335,9 +1523,6 @@ def test_a_head_that_scales_its_logits_is_refused(tiny):
 
 
 # ------------------------------------------------------------------------------------------- vLLM, the real one, on the CPU
-
-needs_vllm = pytest.mark.skipif(egrsd.importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
-
 
 @made_once("vllm")
 def vllm_run(small, driver, tmp_path_factory):
@@ -1457,4 +1642,4 @@ egrsd.VllmEngine.generate = generate
     error = process.communicate(timeout=60)[1]
     assert time.perf_counter() - start < 30
     assert error.count("egrsd.py: stopped") == 1, error
-    assert egrsd.latest_snapshot(tmp_path / "run").name == "step_3"
+    assert egrsd.snapshots(tmp_path / "run")[-1].name == "step_3"

@@ -603,8 +603,8 @@ def load_problems(path, subset=None, split="train", solved=True):
         needed = [text for name, text in found.items() if solved or name != "solution"]
         if all(isinstance(text, str) and text.strip() and not BROKEN.search(text) for text in needed):
             problems.append(found)
-    require(problems, f"{path}: none of its {count} rows has a problem (or question), "
-            + "a solution (or an answer with ####) " * solved + "and a gold answer (Answer, answer or a box in the "
+    require(problems, f"{path}: none of its {count} rows has a problem (or question)"
+            + ", a solution (or an answer with ####)" * solved + " and a gold answer (Answer, answer or a box in the "
             "solution); columns: " + ", ".join(sorted(columns))[:300])
     if RANK == 0:
         print(f"data       {len(problems):,} problems from {path}, {count - len(problems):,} rows without all of "

@@ -1342,15 +1342,15 @@ def test_all_snapshots_of_a_run_are_evaluated_each_with_its_weights_and_other_se
 
 
 def test_report_pairs_two_evaluations_by_problem(tmp_path, capsys):
-    verdicts = {"base": {"a": ["10", "00", "11"], "b": ["00", "11"]}, "trained": {"a": ["11", "01", "11"], "b": ["00", "10"]}}
+    verdicts = {"base": {"a": ["10", "00", "11"], "b": ["00", "11"]}, "trained": {"a": ["11", "00", "11"], "b": ["00", "10"]}}
     for name, benchmarks in verdicts.items():
         (tmp_path / name).mkdir()
         rows = [dict(benchmark=benchmark, problem_id=p, sample=k, correct=x == "1", tokens=5)
                 for benchmark, problems in benchmarks.items() for p, word in enumerate(problems) for k, x in enumerate(word)]
         (tmp_path / name / "rank_0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     egrsd.compare([tmp_path / "base", tmp_path / "trained"])
-    a, b = (50 + 50 + 0) / 3, (0 - 50) / 2
-    error_a = math.sqrt(((50 - a) ** 2 * 2 + a ** 2) / 2 / 3)
+    a, b = (50 + 0 + 0) / 3, (0 - 50) / 2
+    error_a = math.sqrt(((50 - a) ** 2 + a ** 2 * 2) / 2 / 3)
     error_b = math.sqrt((b ** 2 + (-50 - b) ** 2) / 1 / 2)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert lines == [["a", f"{a:+.2f}", "+-", f"{error_a:.2f}", "3", "problems"], ["b", f"{b:+.2f}", "+-", f"{error_b:.2f}", "2", "problems"],

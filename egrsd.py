@@ -72,7 +72,7 @@ class Config:
     eval: str = ""  # benchmarks to evaluate on instead of training: aime24,aime25,hmmt25,math500,minerva,gsm8k or files
     samples: int = 4  # K: samples a problem in an evaluation; aime24 has five times as many
     adapter: str = ""  # --eval: a snapshot, or a run folder for all of its snapshots; empty = the base model
-    report: tuple = ()  # folders of evaluations to compare
+    report: tuple = ()  # run folders to draw into one report.png, or evaluation folders to compare
     lab: bool = False  # with --toy: a run for each combination of comma lists in --method, --gamma, --seed, ...
     resume: str = ""  # run folder to continue
 
@@ -549,6 +549,7 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             if RANK == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
                 save_snapshot(folder, model, optimizer, stats, state, logs)
                 saved = step
+                draw_if_possible(write_trace, folder / f"trace_{step}.html", step, batch, tokenizer, cfg)
             if in_a_row == 5:
                 raise FloatingPointError("5 steps in a row: a loss or gradient not finite; the last snapshot is good")
     finally:
@@ -678,14 +679,34 @@ def step_metrics(rollouts, stats, cfg):
     names = ("sampler_logp", "student_logp", "delta", "teacher_entropy", "magnitude", "gate")
     sampler, student, delta, entropy, w, gate = (
         torch.cat([torch.as_tensor(getattr(r, n)) for r in rollouts]).double() for n in names)
-    gap = (sampler - student).abs()
+    gap, mechanism = (sampler - student).abs(), gate_figures(rollouts, cfg)
     clipped = (w - 1).abs() >= cfg.magnitude_clip - 1e-6  # w is float32: 0.8 is not quite 0.8
     return {name: float(value) for name, value in dict(
         reward=reward.mean(), accuracy=100 * correct.mean(), length=tokens / len(rollouts), tokens=tokens,
         truncated=100 * truncated.mean(), advantage_mean=advantage.mean(), advantage_std=advantage.std(correction=0),
         welford_mean=stats.mean, welford_std=stats.std, h_max=entropy.max(), entropy=entropy.mean(),
         delta_abs=delta.abs().mean(), w=w.mean(), w_clipped=clipped.double().mean(), omega=gate.mean(),
-        engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max()).items()}
+        engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max(), **mechanism).items()}
+
+TAU_LOW, TAU_HIGH = 0.08, 0.2  # of H / max(H_max, 1 nat), Sec. 5.5; Figure A5 hints at the first, the second is ours
+REGIMES = ("lock", "mid", "fork", "pivot")
+
+def gate_figures(rollouts, cfg):
+    """Figure 4 of one step, over all its tokens: mean |delta| (nats) and gate by entropy decile; the percentage of the
+    tokens in each regime and the weight that the lookahead gives back there."""
+    entropies = [torch.as_tensor(r.teacher_entropy) for r in rollouts]
+    delta, gate = (torch.cat([torch.as_tensor(getattr(r, name)) for r in rollouts]) for name in ("delta", "gate"))
+    entropy, ahead = torch.cat(entropies), torch.cat([lookahead_min(each, cfg.window) for each in entropies])
+    h_max, figures = max(entropy.max().item(), ENTROPY_FLOOR), {}
+    for k, part in enumerate(entropy.argsort(stable=True).tensor_split(10), 1):
+        figures.update({f"delta_d{k}": delta[part].abs().mean(), f"omega_d{k}": gate[part].mean()})
+    sure, unsure = entropy <= TAU_LOW * h_max, entropy >= TAU_HIGH * h_max
+    regimes = dict(lock=sure, fork=unsure & (ahead >= TAU_HIGH * h_max), pivot=unsure & (ahead <= TAU_LOW * h_max))
+    regimes["mid"] = ~(regimes["lock"] | regimes["fork"] | regimes["pivot"])
+    restored = gate - confidence_gate(entropy, h_max, cfg.gamma)
+    for name, those in regimes.items():
+        figures.update({f"share_{name}": 100 * those.double().mean(), f"restored_{name}": restored[those].mean()})
+    return figures
 
 class Clock:
     """Seconds between calls of lap(), by name."""
@@ -1027,7 +1048,242 @@ def compare(folders):
         for row in rows:
             print("{name:24} {gap:+7.2f} +- {se:5.2f}   {problems} problems".format(**row))
 
-# ==================================================== 13. The toy =====================================================
+# =================================================== 13. Pictures =====================================================
+
+def draw_if_possible(draw, *args):
+    """A picture never ends a run."""
+    try:
+        draw(*args)
+    except Exception as error:
+        print(f"picture    {args[0]} not drawn: {one_line(error)}", flush=True)
+
+def report(cfg):
+    """--report: pictures of runs, or differences between evaluations."""
+    folders = list(map(Path, cfg.report))
+    if all(any(folder.glob("rank_*.jsonl")) for folder in folders):
+        require(len(folders) > 1, f"--report {folders[0]}: an evaluation is compared with another")
+        return compare(folders)
+    for folder in folders:
+        require((folder / "metrics.jsonl").exists(), f"--report {folder}: neither a run nor, like all, an evaluation")
+    require(importlib.util.find_spec("matplotlib"), "--report: matplotlib is not installed")
+    file = Path(cfg.out or (folders[0] if len(folders) == 1 else "out"), "report.png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_report(file, folders)
+    print(file)
+
+TRACE_TOKENS = 40000  # on one page, which stays below 2 MB
+COLOURS = dict(sft="C7", grpo="C1", rlsd="C4", opsd="C2", crisp="C9", dasd="C5", egrsd="C0")  # yours: C3
+
+def load_runs(folders):
+    """{label: its runs}, a run as (config, metrics, results); the label is the method and whatever differs but the
+    seed: runs of several seeds are drawn as their mean."""
+    runs, grouped = [], {}
+    for folder in folders:
+        config = {**vars(Config()), **json.loads((folder / "config.json").read_text())["config"]}
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else []
+        runs.append((config, metrics, results))
+    names = [name for name in vars(Config()) if name not in ("method", "seed", "out", "model", "resume", "steps")]
+    differs = {name for name in names if len({str(config[name]) for config, _, _ in runs}) > 1} - {"gamma", "window"}
+    for run in runs:
+        shown = differs | ({"gamma", "window"} if run[0]["method"] == "egrsd" else set())
+        label = ", ".join([run[0]["method"], *(f"{name} {run[0][name]}" for name in names if name in shown)])
+        grouped.setdefault(label, []).append(run)
+    return grouped
+
+def mean_by(rows):
+    """(x, y) pairs -> the xs in order and the mean y of each."""
+    found = {}
+    for x, y in rows:
+        found.setdefault(x, []).append(y)
+    xs = sorted(found)
+    return xs, [statistics.fmean(found[x]) for x in xs]
+
+CURVES = dict(reward="reward", accuracy="right answers, %", length="completion length, tokens",
+              grad_norm="gradient norm before clipping", engine_gap_max="largest engine gap, nats")
+
+def write_report(file, folders):
+    """report.png: a panel a figure, a line a setting. Deciles and regimes are means over the steps."""
+    from matplotlib.figure import Figure
+    grouped, figure = load_runs(folders), Figure((13, 10), layout="constrained")
+    axes = dict(zip([*CURVES, "omega_d", "delta_d", "restored", "results"], figure.subplots(3, 3).flat))
+    for name, title in CURVES.items():
+        axes[name].set(title=title, xlabel="step", yscale="log" if "gap" in name else "linear")
+    for name, title in ("omega_d", "mean gate by entropy decile"), ("delta_d", "mean |delta| by entropy decile, nats"):
+        axes[name].set(title=title, xlabel="decile of the teacher's entropy", xticks=range(1, 11))
+    axes["omega_d"].set(ylim=(0, 1.05))
+    axes["restored"].set(title="mean gate restored by the lookahead", xticks=range(4), xticklabels=REGIMES)
+    for norm in {runs[0][0]["max_grad_norm"] for runs in grouped.values()}:
+        axes["grad_norm"].axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
+    dashes = itertools.cycle(("-", "--", ":", "-."))
+    for place, (label, runs) in enumerate(grouped.items()):
+        draw_runs(axes, runs, dict(color=COLOURS.get(runs[0][0]["method"], "C3"), linestyle=next(dashes), label=label),
+                  place, len(grouped))
+    draw_results(axes["results"], figure, grouped)
+    for axis in axes.values():
+        axis.grid(alpha=0.3)
+    figure.legend(*axes["reward"].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(file, dpi=90)
+
+def draw_runs(axes, runs, style, place, places):
+    """One setting's lines and bars: the mean over its seeds, above it the mean of the last ten steps."""
+    logged = [m for _, metrics, _ in runs for m in metrics]
+    for name in CURVES:
+        steps, values = mean_by((m["step"], m[name]) for m in logged if name in m)
+        axes[name].plot(steps, values, color=style["color"], alpha=0.25, linewidth=1)
+        axes[name].plot(steps, [statistics.fmean(values[max(0, i - 9):i + 1]) for i in range(len(values))], **style)
+    for name in ("omega_d", "delta_d"):
+        deciles = ((k, m[f"{name}{k}"]) for m in logged for k in range(1, 11) if f"{name}{k}" in m)
+        axes[name].plot(*mean_by(deciles), **style)
+    regimes, values = mean_by((k, m[f"restored_{name}"]) for m in logged for k, name in enumerate(REGIMES)
+                              if f"restored_{name}" in m)
+    axes["restored"].bar([k + 0.8 * ((place + 0.5) / places - 0.5) for k in regimes], values, 0.8 / places,
+                         color=style["color"])
+
+def draw_results(axis, figure, grouped):
+    """Accuracy against length (Figure 1), in grey before the training; for a grid of gammas and windows the heat map
+    (Figure A2). Bars are standard deviations over seeds."""
+    tables = {label: [table for _, _, table in runs if len(table) == 2] for label, runs in grouped.items()}
+    tables = {label: each for label, each in tables.items() if each}
+    configs = {label: runs[0][0] for label, runs in grouped.items()}
+    gammas, windows = (sorted({configs[label][name] for label in tables}) for name in ("gamma", "window"))
+    if len(gammas) > 1 and len(windows) > 1 and {configs[label]["method"] for label in tables} == {"egrsd"}:
+        grid = torch.full((len(gammas), len(windows)), math.nan)
+        for label, each in tables.items():
+            value = statistics.fmean(table[1]["avg@K"] for table in each)
+            i, j = gammas.index(configs[label]["gamma"]), windows.index(configs[label]["window"])
+            grid[i, j] = value
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center")
+        figure.colorbar(axis.imshow(grid, cmap="Blues", alpha=0.6))
+        axis.set(title="held-out avg@K, %", xlabel="window W, tokens", ylabel="gamma", xticks=range(len(windows)),
+                 yticks=range(len(gammas)), xticklabels=windows, yticklabels=gammas)
+        return
+    axis.set(title="held-out avg@K, %, and length", xlabel="mean length, tokens")
+    axis.margins(0.2)
+    points = [("baseline", "0.5", [table[0] for each in tables.values() for table in each])]
+    points += [(label, COLOURS.get(configs[label]["method"], "C3"), [table[1] for table in each])
+               for label, each in tables.items()]
+    for label, colour, rows in points:
+        values = [[row[name] for row in rows] for name in ("length", "avg@K")]
+        if rows:
+            (x, y), bars = map(statistics.fmean, values), [statistics.stdev(each) if rows[1:] else 0 for each in values]
+            axis.errorbar(x, y, bars[1], bars[0], "o", color=colour)
+            axis.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+
+# A trace page: one JSON block, drawn by the page itself; it may neither load nor send anything.
+PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><title>egrsd trace</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60em; margin: auto; padding: 0 1em 7em }
+h1 { font-size: 1.3em } summary { cursor: pointer; margin-top: 1em } summary b { font-weight: 600 }
+.text, .problem { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; color: #555 }
+.text { font: 15px/1.9 ui-monospace, monospace; color: #222 }
+.lock { color: #666 } .fork { font-weight: bold; border-bottom: 3px solid #b2182b }
+.pivot { font-weight: bold; border-bottom: 3px double #1b7837 }
+svg { width: 100%; height: 90px; display: block; border: solid #999; border-width: 0 0 1px 1px; overflow: visible }
+.axis { display: flex; justify-content: space-between; font-size: 12px; color: #555 }
+#about { position: fixed; inset: auto 0 0 0; background: #fff; border-top: 1px solid #999; padding: .4em 1em;
+         min-height: 3em; font: 13px/1.5 ui-monospace, monospace }
+@media print { * { print-color-adjust: exact; -webkit-print-color-adjust: exact } #about { display: none } }
+</style></head><body><h1></h1><p id="legend"></p><main></main><div id="about">Point at a token, or tap it.</div>
+<script type="application/json" id="data">DATA</script><script>
+const data = JSON.parse(document.getElementById("data").textContent), peak = Math.max(data.h_max, 1)
+function add(parent, tag, text, name) {
+  const each = parent.appendChild(document.createElement(tag))
+  each.textContent = text
+  if (name) each.className = name
+  return each
+}
+function colour(h) { return `hsl(32 100% ${100 - 45 * Math.min(h / peak, 1) ** 0.6}%)` }
+function omega(h) { return Math.min(1, Math.max(data.floor, 1 - data.gamma * h / peak)) }
+function regime(now, ahead) {
+  if (now <= data.tau_low * peak) return "lock"
+  if (now < data.tau_high * peak) return "mid"
+  return ahead >= data.tau_high * peak ? "fork" : ahead <= data.tau_low * peak ? "pivot" : "mid"
+}
+function line(svg, values, stroke) {
+  const each = svg.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "polyline"))
+  each.setAttribute("points", values.map((h, t) => `${t},${100 - 100 * h / peak}`).join(" "))
+  each.setAttribute("style", `fill: none; stroke: ${stroke}; stroke-width: 1.5; vector-effect: non-scaling-stroke`)
+}
+function show(box, r) {
+  const ahead = r.H.map((_, t) => Math.min(...r.H.slice(t, t + data.window + 1)))
+  add(box, "div", `problem: ${r.problem}\nreference answer: ${r.gold}`, "problem")
+  const text = add(box, "div", "", "text")
+  r.text.forEach((token, t) => {
+    const kind = regime(r.H[t], ahead[t]), each = add(text, "span", token, kind)
+    each.style.background = colour(r.H[t])
+    const w = Math.min(1 + data.clip, Math.max(1 - data.clip, Math.exp(Math.sign(r.advantage) * r.delta[t])))
+    each.onclick = each.onmouseenter = () => document.getElementById("about").textContent =
+      `token ${t + 1} of ${r.H.length}, id ${r.ids[t]}: ${JSON.stringify(token)}, ${kind} | H ${r.H[t].toFixed(3)}, ` +
+      `H^CL ${ahead[t].toFixed(3)} nats | delta ${r.delta[t].toFixed(3)} nats, w ${w.toFixed(3)} | ` +
+      `omega ${omega(ahead[t]).toFixed(3)}, without lookahead ${omega(r.H[t]).toFixed(3)}`
+  })
+  const svg = box.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "svg"))
+  svg.setAttribute("viewBox", `0 0 ${Math.max(r.H.length - 1, 1)} 100`)
+  svg.setAttribute("preserveAspectRatio", "none")
+  line(svg, r.H, "#e08214")
+  line(svg, ahead, "#2166ac")
+  const axis = add(box, "div", "", "axis")
+  add(axis, "span", "token 1")
+  add(axis, "span", `orange H, blue H^CL, 0 to ${peak.toFixed(2)} nats`)
+  add(axis, "span", `token ${r.H.length}`)
+}
+const title = `Step ${data.step}, ${data.method}: gamma ${data.gamma}, window ${data.window}`
+document.querySelector("h1").textContent = title
+const legend = document.getElementById("legend")
+add(legend, "span", `${data.rollouts.length} of ${data.count} rollouts. The background is the teacher's entropy, `)
+for (const share of [0, 0.1, 0.25, 0.5, 1]) {
+  add(legend, "span", ` ${(share * peak).toFixed(2)} `).style.background = colour(share * peak)
+}
+add(legend, "span", " nats. ")
+const meaning = {lock: "sure", fork: "unsure, and so are the next tokens", pivot: "unsure, but sure within the window"}
+for (const name in meaning) {
+  add(legend, "span", name, name)
+  add(legend, "span", `: ${meaning[name]}. `)
+}
+data.rollouts.forEach((r, i) => {
+  const box = add(document.querySelector("main"), "details", ""), head = add(box, "summary", "")
+  add(head, "b", `${r.correct > 0 ? "right" : "wrong"}${r.truncated ? ", cut off" : ""}`)
+  add(head, "span", `: reward ${r.reward.toFixed(2)}, advantage ${r.advantage.toFixed(2)}, ${r.H.length} tokens`)
+  box.ontoggle = () => { if (box.open && !box.querySelector(".text")) show(box, r) }
+  box.open = i < 3
+})
+</script></body></html>
+"""
+
+def token_texts(tokenizer, ids):
+    """The text of each token; a character spread over several tokens stands at its last one."""
+    texts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        waits = text.endswith("\ufffd") and end - start < 4 and end < len(ids)  # a character has at most 4 bytes
+        texts.append("" if waits else text)
+        start = start if waits else end
+    return texts
+
+def write_trace(file, step, rollouts, tokenizer, cfg):
+    """trace_N.html: what the gate sees, as a page of its own; the first rollouts, up to TRACE_TOKENS tokens."""
+    def numbers(values):
+        return [float(f"{x:.5g}") for x in values.tolist()]
+
+    if cfg.method == "sft":
+        return
+    rows, total = [], 0
+    for r in rollouts:
+        total += len(r.completion_ids)
+        if rows and total > TRACE_TOKENS:
+            break
+        rows.append(dict(
+            problem=r.row["problem"], gold=r.row["gold"], correct=float(r.correct), truncated=r.truncated,
+            reward=r.reward, advantage=r.advantage, ids=r.completion_ids, text=token_texts(tokenizer, r.completion_ids),
+            H=numbers(r.teacher_entropy), delta=numbers(r.delta)))
+    data = dict(step=step, method=cfg.method, gamma=cfg.gamma, window=cfg.window, clip=cfg.magnitude_clip,
+                h_max=max(r.teacher_entropy.max().item() for r in rollouts), floor=GATE_FLOOR, tau_low=TAU_LOW,
+                tau_high=TAU_HIGH, count=len(rollouts), rollouts=rows)
+    file.write_text(PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c")))
+
+# ==================================================== 14. The toy =====================================================
 # Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and
 # needless checks, those with a reference in the prompt hardly any, so the privileged view really knows better.
 
@@ -1131,7 +1387,7 @@ def pretrain_toy(folder, seed):
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
 
-# ================================================= 14. The laboratory =================================================
+# ================================================= 15. The laboratory =================================================
 
 LAB_LISTS = ("method", "teacher", "gamma", "window", "seed")
 
@@ -1191,6 +1447,7 @@ def laboratory(argv):
     table = lab_table(lists, {key: results(key) for key in runs})
     (out / "table.md").write_text(table)
     print(f"\n{table}\n{out / 'table.md'}")
+    draw_if_possible(write_report, out / "report.png", [out / "-".join(key) for key in runs])
 
 def lab_table(lists, results):
     """Markdown: a row a setting, accuracy and length as mean and standard deviation over seeds, in the order of Table
@@ -1220,7 +1477,7 @@ def lab_table(lists, results):
     rows.insert(1, ["---"] * len(rows[0]))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
-# ====================================================== 15. main ======================================================
+# ====================================================== 16. main ======================================================
 
 def parse_flags(argv, lists=()):
     """-> the flags given, as a dict. Names, types, defaults and help texts all come from Config; lists stay text."""
@@ -1411,12 +1668,14 @@ def run_training(cfg, interrupt):
         table += evaluate(cfg, engine, tokenizer, {"before": held_out}, folder / "eval" / "step_0")
     train(cfg, folder, model, tokenizer, engine, problems, interrupt)
     interrupt.release()
-    if adds:
+    if adds:  # with what it learned
         engine.sync(model, cfg.steps + 1)
         table += evaluate(cfg, engine, tokenizer, {"after": held_out}, folder / "eval" / f"step_{cfg.steps}")
         if RANK == 0:
             write_json(folder / "results.json", table)
             print_table(f"{TOY_HELD_OUT} held-out additions", table)
+    if RANK == 0:
+        draw_if_possible(write_report, folder / "report.png", [folder])
 
 def main():
     interrupt = Interrupt()
@@ -1427,7 +1686,7 @@ def main():
             cfg = configure(parse_flags(sys.argv[1:]))
             validate(cfg)
             if cfg.report:
-                compare(cfg.report)
+                report(cfg)
             elif cfg.eval:
                 run_evaluation(cfg)
             else:

@@ -923,21 +923,31 @@ def stored_samples(folder):
     lines = [line for file in sorted(folder.glob("rank_*.jsonl")) for line in file.read_bytes().splitlines(True)]
     return {sample_key(row): row for row in (json.loads(line) for line in lines if line.endswith(b"\n"))}
 
+def identity(path):
+    """Says which weights a folder holds, wherever it lies; a hub id stays what it is."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with open(file, "rb") as weights:
+            weights.seek(max(0, file.stat().st_size - 2**20))
+            digest.update(weights.read())
+    return digest.hexdigest() if Path(path).is_dir() and path else path
+
 def begin_evaluation(cfg, benchmarks, folder):
     """Makes the folder fit for more samples, or refuses it -> {sample_key: line} of those it holds."""
     file, settings = folder / "settings.json", {name: getattr(cfg, name) for name in EVAL_SETTINGS}
-    settings["model"] = Path(cfg.model).name
-    settings["adapter"] = "/".join(Path(cfg.adapter).absolute().parts[-2:]) if cfg.adapter else ""
+    settings.update(model=identity(cfg.model), adapter=identity(cfg.adapter))
     stored = json.loads(file.read_text()) if file.exists() else settings
     for name, value in settings.items():
-        require(stored[name] == value, f"--{name} {value}: the evaluation in {folder} has {stored[name]!r}")
+        require(stored.get(name) == value,
+                f"--{name} {getattr(cfg, name)}: the evaluation in {folder} has another ({stored.get(name)})")
+    problems = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in benchmarks.items()}
+    known = stored.get("problems", {})
+    for name, digest in problems.items():
+        require(known.get(name, digest) == digest, f"{folder}: holds an evaluation of other problems as {name}")
     done = stored_samples(folder)
-    for (name, p, _), row in done.items():
-        require(row["gold"] == dict(enumerate(benchmarks.get(name, []))).get(p, row)["gold"],
-                f"{folder}: holds an evaluation of other problems as {name}")
     gather(None)  # everyone has read
     if RANK == 0:
-        write_json(file, settings)
+        write_json(file, {**settings, "problems": {**known, **problems}})
         for log in folder.glob("rank_*.jsonl"):
             os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     gather(None)
@@ -1009,8 +1019,9 @@ def print_table(title, rows):
 def run_evaluation(cfg):
     """--eval: the base model, a snapshot, or all snapshots of a run, on benchmarks. With vLLM no other model is
     loaded."""
-    benchmarks = {Path(name).stem: load_problems(*BENCHMARKS.get(name, (name,)), solved=False)
-                  for name in cfg.eval.split(",")}
+    names = cfg.eval.split(",")
+    benchmarks = {Path(name).stem: load_problems(*BENCHMARKS.get(name, (name,)), solved=False) for name in names}
+    require(len(benchmarks) == len(names), f"--eval {cfg.eval}: the same name twice")
     device = start_distributed()
     tokenizer, ends = load_tokenizer(cfg.model)
     engine = start_vllm(cfg, tokenizer, ends, sum(benchmarks.values(), []))
@@ -1035,14 +1046,14 @@ def run_evaluation(cfg):
 
 def compare(folders):
     """--report A B ...: the difference in accuracy of each evaluation to the first, paired by problem, in points."""
-    first, *others = (by_problem(stored_samples(Path(folder)).values()) for folder in folders)
-    for folder, other in zip(folders[1:], others):
+    first, *others = (by_problem(stored_samples(folder).values()) for folder in folders)
+    asked, *others_asked = (json.loads((folder / "settings.json").read_text())["problems"] for folder in folders)
+    for folder, other, its in zip(folders[1:], others, others_asked):
         rows = []
-        for name in first.keys() & other.keys():
-            common = first[name].keys() & other[name].keys()
-            gaps = [accuracy(other[name][p]) - accuracy(first[name][p]) for p in common]
+        for name in [name for name in first if name in other and asked[name] == its[name]]:
+            gaps = [accuracy(other[name][p]) - accuracy(each) for p, each in first[name].items() if p in other[name]]
             rows.append(dict(name=name, gap=statistics.fmean(gaps), se=standard_error(gaps), problems=len(gaps)))
-        require(rows, f"--report: {folders[0]} and {folder} are no evaluations of the same problems")
+        require(rows, f"--report: {folders[0]} and {folder} have no problems in common")
         rows += [{**macro(rows, ["gap"]), "problems": sum(row["problems"] for row in rows)}] if len(rows) > 1 else []
         print(f"\n{folder} minus {folders[0]}, points, paired by problem")
         for row in rows:
@@ -1060,7 +1071,7 @@ def draw_if_possible(draw, *args):
 def report(cfg):
     """--report: pictures of runs, or differences between evaluations."""
     folders = list(map(Path, cfg.report))
-    if all(any(folder.glob("rank_*.jsonl")) for folder in folders):
+    if all((folder / "settings.json").exists() for folder in folders):
         require(len(folders) > 1, f"--report {folders[0]}: an evaluation is compared with another")
         return compare(folders)
     for folder in folders:
@@ -1071,7 +1082,7 @@ def report(cfg):
     write_report(file, folders)
     print(file)
 
-TRACE_TOKENS = 40000  # on one page, which stays below 2 MB
+TRACE_TOKENS = 36000  # on one page, which stays below 2 MB
 COLOURS = dict(sft="C7", grpo="C1", rlsd="C4", opsd="C2", crisp="C9", dasd="C5", egrsd="C0")  # yours: C3
 
 def load_runs(folders):
@@ -1154,7 +1165,7 @@ def draw_results(axis, figure, grouped):
             i, j = gammas.index(configs[label]["gamma"]), windows.index(configs[label]["window"])
             grid[i, j] = value
             axis.text(j, i, f"{value:.1f}", ha="center", va="center")
-        figure.colorbar(axis.imshow(grid, cmap="Blues", alpha=0.6))
+        figure.colorbar(axis.imshow(grid.tolist(), cmap="Blues", alpha=0.6))
         axis.set(title="held-out avg@K, %", xlabel="window W, tokens", ylabel="gamma", xticks=range(len(windows)),
                  yticks=range(len(gammas)), xticklabels=windows, yticklabels=gammas)
         return
@@ -1281,7 +1292,7 @@ def write_trace(file, step, rollouts, tokenizer, cfg):
     data = dict(step=step, method=cfg.method, gamma=cfg.gamma, window=cfg.window, clip=cfg.magnitude_clip,
                 h_max=max(r.teacher_entropy.max().item() for r in rollouts), floor=GATE_FLOOR, tau_low=TAU_LOW,
                 tau_high=TAU_HIGH, count=len(rollouts), rollouts=rows)
-    file.write_text(PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c")))
+    file.write_text(PAGE.replace("DATA", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")))
 
 # ==================================================== 14. The toy =====================================================
 # Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and
@@ -1396,7 +1407,8 @@ def laboratory(argv):
     runs at a time as there are cores, and writes a table of them. The same command with --out does what is missing."""
     from tqdm import tqdm
     given = parse_flags(argv, LAB_LISTS)
-    require(given.get("toy") and not {"data", "resume"} & set(given), "--lab: needs --toy, and no --data or --resume")
+    require(given.get("toy") and not {"data", "resume", "eval", "adapter", "report"} & set(given),
+            "--lab: needs --toy, and no --data, --resume, --eval, --adapter or --report")
     require(WORLD == 1, "--lab: starts its runs itself; without torchrun")
     lists = [given.pop(name, str(getattr(Config, name))).split(",") for name in LAB_LISTS]
     out = Path(given.pop("out", "") or f"out/lab-{datetime.datetime.now():%Y%m%d-%H%M%S}")
@@ -1527,10 +1539,11 @@ RESUME_MAY_CHANGE = ("steps", "save_every", "engine", "tensor_parallel")
 
 def trained_on(adapter):
     """What the flags of an evaluation leave to its snapshot, or to the snapshots of its run."""
-    files = [folder / "adapter_config.json" for folder in (Path(adapter), *snapshots(adapter))]
-    config = next((json.loads(file.read_text()) for file in files if file.is_file()), None)
-    require(config, f"--adapter {adapter}: no snapshot there (no adapter_config.json)")
-    return dict(model=config["base_model_name_or_path"], lora_rank=config["r"])
+    for folder in [*snapshots(adapter), Path(adapter)]:
+        if (folder / "adapter_model.safetensors").is_file():
+            config = json.loads((folder / "adapter_config.json").read_text())
+            return dict(model=config["base_model_name_or_path"], lora_rank=config["r"])
+    raise UserError(f"--adapter {adapter}: no snapshot there (no adapter_model.safetensors)")
 
 def configure(given):
     """Flags -> Config: the defaults, over them those of --toy or all of the run to --resume, over them the flags."""
@@ -1664,13 +1677,18 @@ def run_training(cfg, interrupt):
     check_head(model, encode(tokenizer, student_prompt(problems[0]), cfg.thinking))
     engine = engine or HfEngine(model, ends)
     table = []
+
+    def held_out_row(name, step):
+        row, = evaluate(cfg, engine, tokenizer, {"additions": held_out}, folder / "eval" / f"step_{step}")
+        table.append({**row, "name": name})
+
     if adds:
-        table += evaluate(cfg, engine, tokenizer, {"before": held_out}, folder / "eval" / "step_0")
+        held_out_row("before", 0)
     train(cfg, folder, model, tokenizer, engine, problems, interrupt)
     interrupt.release()
-    if adds:  # with what it learned
+    if adds:
         engine.sync(model, cfg.steps + 1)
-        table += evaluate(cfg, engine, tokenizer, {"after": held_out}, folder / "eval" / f"step_{cfg.steps}")
+        held_out_row("after", cfg.steps)
         if RANK == 0:
             write_json(folder / "results.json", table)
             print_table(f"{TOY_HELD_OUT} held-out additions", table)
@@ -1685,11 +1703,11 @@ def main():
         else:
             cfg = configure(parse_flags(sys.argv[1:]))
             validate(cfg)
-            if cfg.report:
+            if cfg.report and RANK == 0:
                 report(cfg)
             elif cfg.eval:
                 run_evaluation(cfg)
-            else:
+            elif not cfg.report:
                 run_training(cfg, interrupt)
         return 0
     except (UserError, FloatingPointError) as error:  # all ranks have it

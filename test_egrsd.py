@@ -73,7 +73,7 @@ def test_dasd_pulls_to_the_teacher_below_tau_and_pushes_away_above_in_a_slow_loo
     tau = ranked[24]  # 0.8 * 30: no interpolation needed
     scale = sum(abs(h - tau) for h in ranked) / 31
     for t, weight in enumerate(egrsd.TOKEN_WEIGHT["dasd"](r).tolist()):
-        assert weight == pytest.approx(0.4 + 0.5 * math.tanh((tau - entropy[t].item()) / scale) * math.tanh(delta[t].item()), abs=1e-5)
+        assert weight == pytest.approx(0.4 + 0.1 * math.tanh((tau - entropy[t].item()) / scale) * math.tanh(delta[t].item()), abs=1e-5)
         assert (weight - 0.4) * delta[t].item() * (tau - entropy[t].item()) >= 0
     assert egrsd.entropy_routing(torch.tensor([1.0]), torch.tensor([0.3])).tolist() == [0.0]  # one token: no below, no above
 
@@ -277,7 +277,7 @@ def test_loss_and_gradient_of_a_method_equal_a_slow_twin_on_the_whole_model(tiny
             gap = log_q.gather(1, targets[:, None])[:, 0] - chosen.detach()
             tau = entropy.sort().values[:].quantile(0.8)
             routing = ((tau - entropy) / (entropy - tau).abs().mean()).tanh() * gap.tanh()
-            slow = slow - ((r.advantage + 0.5 * routing * (method == "dasd")) * chosen).sum() / 7
+            slow = slow - ((r.advantage + 0.1 * routing * (method == "dasd")) * chosen).sum() / 7
     slow.backward()
     assert loss == pytest.approx(slow.item(), abs=1e-5)
     for name, p in model.named_parameters():
@@ -341,12 +341,15 @@ sys.exit(egrsd.main())
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny", seed=7)
+
+
+def make_tiny(path, seed):
     """A random Qwen3 with varied entropies and seven end tokens, so that completions have uneven lengths."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    path = tmp_path_factory.mktemp("model") / "tiny"
     tokenizer = egrsd.toy_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.3))
@@ -384,7 +387,7 @@ def launched(*flags, **options):
 
 needs_vllm = pytest.mark.skipif(egrsd.importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3", "transformers.generation", "peft", "datasets", "vllm"])
+forks.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3", "transformers.generation", "peft", "datasets", "matplotlib.figure", "vllm"])
 FORKED = """
 import os, runpy, sys
 os.environ.update({env!r})
@@ -570,6 +573,7 @@ import json, sys, egrsd
 egrsd.score_answer = lambda completion, row: sum(map(ord, completion)) % 2 == 0
 device, interrupt = egrsd.start_distributed(), egrsd.Interrupt()
 egrsd.start_distributed = lambda: device
+egrsd.write_report = lambda *a: None  # takes longer than a run of these
 for flags in json.load(open(sys.argv[1])):  # many runs in one process: importing transformers takes longer than they do
     cfg = egrsd.configure(egrsd.parse_flags(flags))
     egrsd.validate(cfg)
@@ -1335,7 +1339,10 @@ def test_all_snapshots_of_a_run_are_evaluated_each_with_its_weights_and_other_se
     assert done.returncode == 0 and samples(tmp_path / "alone" / "step_12") == last, done.stderr
     done = run(*flags, "--samples", 3)
     assert done.returncode == 2 and "--samples 3: the evaluation in" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    short.write_text(problems.read_text().splitlines()[5])
+    done = run(*flags, "--model", make_tiny(tmp_path / "tiny", seed=8))
+    assert done.returncode == 2 and "has another" in done.stderr, done.stderr
+    row = json.loads(short.read_text().splitlines()[0])
+    short.write_text(json.dumps({**row, "question": "again"}))  # the same gold answer
     done = run(*flags)
     assert done.returncode == 2 and "of other problems as short" in done.stderr, done.stderr
     assert len(samples(tmp_path / "run" / "step_1" / "eval")) == 12
@@ -1348,6 +1355,7 @@ def test_report_pairs_two_evaluations_by_problem(tmp_path, capsys):
         rows = [dict(benchmark=benchmark, problem_id=p, sample=k, correct=x == "1", tokens=5)
                 for benchmark, problems in benchmarks.items() for p, word in enumerate(problems) for k, x in enumerate(word)]
         (tmp_path / name / "rank_0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "settings.json").write_text(json.dumps(dict(problems=dict(a="1", b="2"))))
     egrsd.compare([tmp_path / "base", tmp_path / "trained"])
     a, b = (50 + 0 + 0) / 3, (0 - 50) / 2
     error_a = math.sqrt(((50 - a) ** 2 + a ** 2 * 2) / 2 / 3)
@@ -1355,9 +1363,160 @@ def test_report_pairs_two_evaluations_by_problem(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert lines == [["a", f"{a:+.2f}", "+-", f"{error_a:.2f}", "3", "problems"], ["b", f"{b:+.2f}", "+-", f"{error_b:.2f}", "2", "problems"],
                      ["Avg.", f"{(a + b) / 2:+.2f}", "+-", f"{math.hypot(error_a, error_b) / 2:.2f}", "5", "problems"]]
-    (tmp_path / "base" / "rank_0.jsonl").unlink()
-    with pytest.raises(egrsd.UserError, match="no evaluations of the same problems"):
+    (tmp_path / "base" / "settings.json").write_text(json.dumps(dict(problems=dict(a="3", b="4"))))
+    with pytest.raises(egrsd.UserError, match="no problems in common"):
         egrsd.compare([tmp_path / "base", tmp_path / "trained"])
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+def page_data(page):
+    text = page.read_text()
+    return json.loads(text.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def check_figures(metrics, data):
+    """The decile and regime figures of metrics, recomputed from a trace page that holds the whole step -> regimes seen."""
+    peak, gamma, tokens = max(data["h_max"], 1), data["gamma"], []
+    for r in data["rollouts"]:
+        for t, h in enumerate(r["H"]):
+            ahead = min(r["H"][t:t + data["window"] + 1])
+            gates = [min(1, max(0.1, 1 - gamma * x / peak)) for x in (h, ahead)]
+            kind = "lock" if h <= 0.08 * peak else "mid" if h < 0.2 * peak else "fork" if ahead >= 0.2 * peak else (
+                "pivot" if ahead <= 0.08 * peak else "mid")
+            tokens.append((h, abs(r["delta"][t]), *gates, kind))
+    tokens.sort(key=lambda token: token[0])
+    size, more = divmod(len(tokens), 10)
+    start = 0
+    for k in range(1, 11):
+        part = tokens[start:start + size + (k <= more)]
+        start += len(part)
+        assert metrics[f"delta_d{k}"] == pytest.approx(sum(token[1] for token in part) / len(part), rel=1e-3)
+        assert metrics[f"omega_d{k}"] == pytest.approx(sum(token[3] for token in part) / len(part), rel=1e-3)
+    for name in ("lock", "mid", "fork", "pivot"):
+        those = [token for token in tokens if token[4] == name]
+        assert metrics[f"share_{name}"] == pytest.approx(100 * len(those) / len(tokens))
+        if those:
+            assert metrics[f"restored_{name}"] == pytest.approx(sum(token[3] - token[2] for token in those) / len(those), abs=1e-4)
+    return len(tokens), {token[4] for token in tokens}
+
+
+@pytest.mark.parametrize("step", [1, 12])
+def test_decile_and_regime_figures_recomputed_from_the_trace_page(whole, step):
+    data, metrics = page_data(whole / f"trace_{step}.html"), read(whole / "metrics.jsonl")[step - 1]
+    assert data["step"] == step and data["window"] == 2 and data["gamma"] == 0.8 and len(data["rollouts"]) == data["count"] == 8
+    assert check_figures(metrics, data)[0] == metrics["tokens"]
+    assert "restored_lock" not in metrics  # the random model is never sure: without meaning, so left out
+
+
+def test_regimes_of_varied_entropies_recomputed_from_the_trace_page(tmp_path):
+    generator, rollouts, cfg = torch.Generator().manual_seed(3), [], egrsd.Config(gamma=0.7, window=3)
+    for i, length in enumerate((1, 50, 333)):
+        entropy = torch.rand(length, generator=generator) ** 6 * 2.5
+        rollouts.append(egrsd.Rollout(i, dict(problem="", gold=""), [], [], [5] * length, teacher_entropy=entropy,
+                                      delta=torch.randn(length, generator=generator)))
+    peak = max(r.teacher_entropy.max().item() for r in rollouts)
+    for r in rollouts:
+        r.gate = egrsd.confidence_gate(r.teacher_entropy, peak, 0.7, 3)
+    egrsd.write_trace(tmp_path / "page.html", 1, rollouts, egrsd.toy_tokenizer(), cfg)
+    metrics = {name: float(x) for name, x in egrsd.gate_figures(rollouts, cfg).items()}
+    assert check_figures(metrics, page_data(tmp_path / "page.html")) == (384, {"lock", "mid", "fork", "pivot"})
+    assert metrics["restored_pivot"] > 0.1 and metrics["restored_fork"] < metrics["restored_pivot"]
+
+
+def test_the_page_shows_what_the_run_logged(whole):
+    rows = [row for row in read(whole / "rollouts.jsonl") if row["step"] == 12]
+    for row, r in zip(rows, page_data(whole / "trace_12.html")["rollouts"], strict=True):
+        assert r["ids"] == row["completion_ids"] and r["reward"] == row["reward"] and r["problem"] == row["problem"]
+        assert len(r["text"]) == len(r["H"]) == len(r["delta"]) == len(r["ids"])
+
+
+def byte_tokenizer():
+    """Byte-level, as Qwen's, without merges: every emoji is four tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_hostile_and_broken_text_stays_text_on_a_page_under_2_mb(tmp_path):
+    tokenizer = byte_tokenizer()
+    hostile = "</script><script>alert(1)</script><!-- \U0001f600 \u05e9\u05dc\u05d5\u05dd <img src=x onerror=alert(2)> & \u2028"
+    ids = tokenizer(hostile).input_ids
+    broken = [*ids, *tokenizer("\U0001f600").input_ids[:3], *ids, tokenizer("\U0001f600").input_ids[0]]
+    for each in (ids, broken):
+        texts = egrsd.token_texts(tokenizer, each)
+        assert len(texts) == len(each) and "".join(texts).replace("\ufffd", "") == tokenizer.decode(each).replace("\ufffd", "")
+    assert "\U0001f600" in egrsd.token_texts(tokenizer, ids)  # at its last byte
+    rng = torch.Generator().manual_seed(0)
+    rollouts = []
+    for i in range(64):  # more than the page takes
+        length = 1024 if i else len(broken)
+        row = dict(problem=hostile, gold="</script>")
+        rollouts.append(egrsd.Rollout(i, row, [], [], (torch.randint(100, 256, (length,), generator=rng) if i else torch.tensor(broken)).tolist(),
+            reward=1.5, advantage=-0.123456789, teacher_entropy=torch.rand(length, generator=rng), delta=torch.randn(length, generator=rng)))
+    egrsd.write_trace(tmp_path / "trace.html", 7, rollouts, tokenizer, egrsd.Config(window=5))
+    text, data = (tmp_path / "trace.html").read_text(), page_data(tmp_path / "trace.html")
+    assert (tmp_path / "trace.html").stat().st_size < 2e6 and data["count"] == 64
+    assert text.count("<script") == 2 and "<img" not in text and "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert 30 < len(data["rollouts"]) < 64 and data["rollouts"][0]["problem"] == hostile
+
+
+def test_a_full_page_of_a_real_vocabulary_stays_below_2_mb(tmp_path):
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    core = Tokenizer(models.WordLevel({f" token{i}": i for i in range(151936)}, unk_token=" token0"))
+    core.decoder = decoders.Fuse()
+    tokenizer, rng, rollouts = PreTrainedTokenizerFast(tokenizer_object=core), torch.Generator().manual_seed(0), []
+    for i in range(40):
+        rollouts.append(egrsd.Rollout(i, dict(problem="x" * 500, gold="1"), [], [], torch.randint(100000, 151936, (1024,), generator=rng).tolist(),
+                                      teacher_entropy=torch.rand(1024, generator=rng), delta=-torch.rand(1024, generator=rng)))
+    egrsd.write_trace(tmp_path / "trace.html", 1, rollouts, tokenizer, egrsd.Config())
+    assert 1e6 < (tmp_path / "trace.html").stat().st_size < 2e6 and len(page_data(tmp_path / "trace.html")["rollouts"]) == 35
+
+
+def test_a_run_ends_with_its_report(whole):
+    assert (whole / "report.png").read_bytes().startswith(b"\x89PNG") and (whole / "report.png").stat().st_size < 300e3
+
+
+def test_report_draws_several_runs_and_a_grid(many, tmp_path):
+    folders = [many / "one" / name for name in ("egrsd", "grpo", "sft", "ema", "copy_2")]
+    egrsd.report(egrsd.Config(report=folders, out=str(tmp_path / "all")))
+    assert (tmp_path / "all" / "report.png").read_bytes().startswith(b"\x89PNG")
+    labels = list(egrsd.load_runs(folders))
+    assert labels[0].startswith("egrsd, gamma 0.8, window 2, ") and labels[1].startswith("grpo, ") and len(labels) == 5
+    twice = egrsd.load_runs([many / "one" / "egrsd", many / "cut" / "egrsd"])  # as two seeds of one setting
+    assert list(map(len, twice.values())) == [2]
+    for gamma in (0.3, 1.0):
+        for window in (0, 5):
+            folder = tmp_path / f"{gamma}-{window}"
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(dict(config=dict(gamma=gamma, window=window, method="egrsd"))))
+            (folder / "metrics.jsonl").write_text((many / "one" / "egrsd" / "metrics.jsonl").read_text())
+            (folder / "results.json").write_text(json.dumps([{"avg@K": 10.0, "length": 9.0}, {"avg@K": 20.0 + window, "length": 8.0}]))
+    from matplotlib.axes import Axes
+    texts, real = [], Axes.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "text", lambda self, x, y, text, *a, **k: texts.append((x, y, text)) or real(self, x, y, text, *a, **k))
+        egrsd.write_report(tmp_path / "grid.png", [tmp_path / f"{gamma}-{window}" for gamma in (0.3, 1.0) for window in (0, 5)])
+    assert [each for each in texts if each[2] in ("20.0", "25.0")] == [(0, 0, "20.0"), (1, 0, "25.0"), (0, 1, "20.0"), (1, 1, "25.0")]
+    with pytest.raises(egrsd.UserError, match="neither a run"):
+        egrsd.report(egrsd.Config(report=[tmp_path]))
+
+
+def test_a_picture_that_fails_costs_a_line_and_not_the_run(small, driver, tmp_path):
+    patch = """
+sys.modules["matplotlib"] = None
+def write_trace(*a):
+    raise ValueError("no trace")
+egrsd.write_trace = write_trace
+"""
+    done = run(*small, "--steps", 2, "--save_every", 2, "--out", tmp_path / "run", driver=driver(patch))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("picture")]
+    assert len(lines) == 2 and "no trace" in lines[0] and "matplotlib" in lines[1] and "report.png not drawn" in lines[1], done.stdout
 
 
 # ------------------------------------------------------------------------------------------------- the command line, errors
@@ -1372,7 +1531,7 @@ def test_report_pairs_two_evaluations_by_problem(tmp_path, capsys):
     ("--method sft --teacher ema", "has no teacher"), ("--teacher_decay 1.1", "not be above 1"), ("--lab", "needs --toy"),
     ("--toy --lab --method egrsd,nope", "nope"), ("--toy --lab --seed 0,x", "--seed"),
     ("--adapter nowhere --eval x", "no snapshot there"), ("--eval aime24,,x", "empty name"), ("--toy --eval x", "needs --model"),
-    ("--eval nothing.jsonl", "nothing.jsonl")])
+    ("--eval nothing.jsonl", "nothing.jsonl"), ("--report nowhere", "nowhere: neither a run"), ("--toy --lab --eval x", "no --data")])
 def test_a_user_error_is_one_line_and_exit_code_2(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["egrsd.py", *flags.split()])
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -1493,7 +1652,7 @@ def test_the_toy_model_is_a_function_of_the_seed_and_its_run_leaves_what_it_shou
     done = run("--toy", "--model", tmp_path / "a", "--out", tmp_path / "run", "--steps", 2, "--max_completion_length", 16)
     assert done.returncode == 0, done.stderr
     assert [row["name"] for row in json.loads((tmp_path / "run" / "results.json").read_text())] == ["before", "after"]
-    assert "avg@4" in done.stdout and "step    2" in done.stdout
+    assert "avg@K" in done.stdout and "step    2" in done.stdout
 
 
 def test_toy_solutions_are_right_unless_a_slip_goes_unnoticed():

@@ -76,7 +76,8 @@ class Config:
     lab: bool = False  # with --toy: a run for each combination of comma lists in --method, --gamma, --seed, ...
     resume: str = ""  # run folder to continue
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollouts
 TOY = dict(model="", data="", lr=2e-4, max_completion_length=160, max_length=512, tokens_per_pass=16384)
@@ -350,9 +351,9 @@ def completion_hidden(model, prompts, completions):
     return torch.cat([states[len(prompt) - 1:len(row) - 1] for states, prompt, row in zip(hidden, prompts, rows)])
 
 def scored(model, rollouts, prompt, tokens_per_pass, divergence=None):
-    """Yields for each pass the values of its tokens (sum T_i,), with gradient, and for each of its rollouts (rollout,
-    hidden (T_i, d), log p, entropy (T_i,)), without; prompt names the field that stands in front of the completion.
-    Longest first, so that little is padding; a pass holds at most tokens_per_pass tokens but always one rollout."""
+    """Yields (values, details) of each pass: values (sum T_i,) carry the gradient, details yields (rollout, hidden
+    (T_i, d), log p (T_i,), entropy (T_i,)), detached; prompt names the field in front of the completion. Longest
+    first, so that little is padding; a pass holds at most tokens_per_pass tokens but always one rollout."""
     def size(r):
         return len(getattr(r, prompt)) + len(r.completion_ids)
 
@@ -390,6 +391,7 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
     total, divergence = 0.0, DIVERGENCE.get(cfg.method)
     if cfg.method == "opsd":
         divergence = functools.partial(divergence, clip=cfg.kl_clip)
+    model.train(cfg.grad_checkpoint)  # transformers checkpoints in train mode only; there is no dropout to turn on
     for value, each in scored(model, rollouts, "prompt_ids", cfg.tokens_per_pass, divergence):
         weights = []
         for r, _, r.student_logp, r.student_entropy in each:
@@ -402,10 +404,11 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
         loss = -(torch.cat(weights) * value).sum() / tokens
         loss.backward()
         total += loss.item()
+    model.eval()
     return total
 
 def follow(model, way):
-    """Moves the teacher's adapter, if it has one, this part of the way to the student's."""
+    """Moves the teacher's adapter, if it has one, this part of the way to the student's: 0 not at all, 1 copies it."""
     student = adapter(model, "default")
     for name, weight in adapter(model, "teacher").items():
         weight.data.lerp_(student[name].data, way)  # D11: an average of the LoRA factors, not of their products
@@ -420,16 +423,24 @@ class HfEngine:
     """transformers `generate` in the trainer's process: runs anywhere, slow on big models. VllmEngine, section 10, is
     the one for a GPU and has the same methods."""
     def __init__(self, model, ends):
-        self.model, self.base, self.ends = model, model, ends
+        self.model, self.given, self.ends = model, model, ends
 
+    @torch.no_grad()
     def sync(self, model, step):
         """In float32 it samples from a merged copy, a third faster; the trainer's own weights are never merged into."""
-        self.model = copy.deepcopy(model).merge_and_unload() if model.dtype == torch.float32 else model
+        if model.dtype != torch.float32:
+            self.model = model
+            return
+        if self.model is self.given:
+            self.model = copy.deepcopy(model).unload()
+        for name, layer in model.get_base_model().named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                self.model.get_submodule(name).weight.data = layer.weight + layer.get_delta_weight("default")
 
     def use(self, folder, number):
         """Samples from now on with the adapter in the folder, on the base model given at the start."""
         from peft import PeftModel
-        model = PeftModel.from_pretrained(copy.deepcopy(self.base), folder)
+        model = PeftModel.from_pretrained(copy.deepcopy(self.given), folder)
         self.sync(model.eval(), number)
 
     @torch.no_grad()
@@ -551,7 +562,7 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
                 save_snapshot(folder, model, optimizer, stats, state, logs)
                 saved = step
                 draw_if_possible(write_trace, folder / f"trace_{step}.html", step, batch, tokenizer, cfg)
-            if in_a_row == 5:
+            if in_a_row >= 5:
                 raise FloatingPointError("5 steps in a row: a loss or gradient not finite; the last snapshot is good")
     finally:
         # Held means that an exception came in the middle of an update: what is half done is not saved. This has to come
@@ -570,7 +581,7 @@ def gold_answer(row):
     found = [str(row[key]).strip() for key in ("Answer", "answer") if type(row.get(key)) in (str, int, float)]
     worked = [text.rpartition("####")[2].strip() for text in found if "####" in text]
     plain = [text for text in found if text not in ("", "nan", "inf", "-inf")]
-    return next(iter([*worked, *plain, last_boxed(str(row.get("solution") or ""))])) or None
+    return [*worked, *plain, last_boxed(str(row.get("solution") or ""))][0] or None
 
 def read_rows(path, subset=None, split="train"):
     """Yields the rows of a local .jsonl or .parquet file, else of a data set on the hub or in a folder, as dicts."""
@@ -625,14 +636,17 @@ def save_snapshot(folder, model, optimizer, stats, state, logs):
     final = Path(folder, f"step_{state['step']}")
     unfinished = final.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
-    (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's model card without content
-    torch.save({**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict(),
-                "teacher": {name: weight.data for name, weight in adapter(model, "teacher").items()}},
-               unfinished / "trainer.pt")
-    os.sync()  # a power cut must not leave the new name on half a snapshot, nor the snapshot without its logs
-    unfinished.rename(final)
-    os.sync()
+    try:
+        model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
+        (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's model card without content
+        torch.save({**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict(),
+                    "teacher": {name: weight.data for name, weight in adapter(model, "teacher").items()}},
+                   unfinished / "trainer.pt")
+        os.sync()  # a power cut must not leave the new name on half a snapshot, nor the snapshot without its logs
+        unfinished.rename(final)
+        os.sync()
+    except Exception as error:  # of a full disk each library makes something else
+        raise OSError(f"{final} cannot be saved; is the disk full? ({one_line(error)})") from error
 
 def load_snapshot(snapshot, model):
     """Puts the adapter of a step_N folder into the model and returns the trainer state."""
@@ -916,13 +930,11 @@ BENCHMARKS = {"aime24": ("HuggingFaceH4/aime_2024", None, "train"), "aime25": ("
 EVAL_SAMPLING = dict(temperature=1.0, top_p=0.95, top_k=0)
 EVAL_SETTINGS = ("samples", "seed", "thinking", "max_completion_length")  # one value each in a folder
 
-def sample_key(row):
-    return row["benchmark"], row["problem_id"], row["sample"]
-
 def stored_samples(folder):
     """{(benchmark, problem, sample): its line} of an evaluation folder; a torn last line is not there."""
     lines = [line for file in sorted(folder.glob("rank_*.jsonl")) for line in file.read_bytes().splitlines(True)]
-    return {sample_key(row): row for row in (json.loads(line) for line in lines if line.endswith(b"\n"))}
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return {(row["benchmark"], row["problem_id"], row["sample"]): row for row in rows}
 
 def identity(path):
     """Says which weights a folder holds, wherever it lies; a hub id stays what it is."""
@@ -934,7 +946,7 @@ def identity(path):
     return digest.hexdigest() if Path(path).is_dir() and path else path
 
 def begin_evaluation(cfg, benchmarks, folder):
-    """Makes the folder fit for more samples, or refuses it -> {sample_key: line} of those it holds."""
+    """Makes the folder fit for more samples, or refuses it -> stored_samples() of it."""
     file, settings = folder / "settings.json", {name: getattr(cfg, name) for name in EVAL_SETTINGS}
     settings.update(model=identity(cfg.model), adapter=identity(cfg.adapter))
     stored = json.loads(file.read_text()) if file.exists() else settings
@@ -1053,7 +1065,8 @@ def compare(folders):
         rows = []
         for name in [name for name in first if name in other and asked[name] == its[name]]:
             gaps = [accuracy(other[name][p]) - accuracy(each) for p, each in first[name].items() if p in other[name]]
-            rows.append(dict(name=name, gap=statistics.fmean(gaps), se=standard_error(gaps), problems=len(gaps)))
+            if gaps:
+                rows.append(dict(name=name, gap=statistics.fmean(gaps), se=standard_error(gaps), problems=len(gaps)))
         require(rows, f"--report: {folders[0]} and {folder} have no problems in common")
         rows += [{**macro(rows, ["gap"]), "problems": sum(row["problems"] for row in rows)}] if len(rows) > 1 else []
         print(f"\n{folder} minus {folders[0]}, points, paired by problem")
@@ -1072,9 +1085,12 @@ def draw_if_possible(draw, *args):
 def report(cfg):
     """--report: pictures of runs, or differences between evaluations."""
     folders = list(map(Path, cfg.report))
+    if RANK > 0:
+        return
     if all((folder / "settings.json").exists() for folder in folders):
         require(len(folders) > 1, f"--report {folders[0]}: an evaluation is compared with another")
-        return compare(folders)
+        compare(folders)
+        return
     for folder in folders:
         require((folder / "metrics.jsonl").exists(), f"--report {folder}: neither a run nor, like all, an evaluation")
     require(importlib.util.find_spec("matplotlib"), "--report: matplotlib is not installed")
@@ -1095,10 +1111,10 @@ def load_runs(folders):
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else []
         runs.append((config, metrics, results))
-    names = [name for name in vars(Config()) if name not in ("method", "seed", "out", "model", "resume", "steps")]
+    names = [name for name in vars(Config()) if name not in ("method", "seed", "out", "resume")]
     differs = {name for name in names if len({str(config[name]) for config, _, _ in runs}) > 1} - {"gamma", "window"}
     for run in runs:
-        shown = differs | ({"gamma", "window"} if run[0]["method"] == "egrsd" else set())
+        shown = differs | (set() if run[0]["method"] in UNGATED else {"gamma", "window"})
         label = ", ".join([run[0]["method"], *(f"{name} {run[0][name]}" for name in names if name in shown)])
         grouped.setdefault(label, []).append(run)
     return grouped
@@ -1402,6 +1418,7 @@ def pretrain_toy(folder, seed):
 
 # ================================================= 15. The laboratory =================================================
 
+UNGATED = ("sft", "grpo", "rlsd", "opsd", "crisp", "dasd")  # gamma and window change nothing there
 LAB_LISTS = ("method", "teacher", "gamma", "window", "seed")
 
 def laboratory(argv):
@@ -1416,7 +1433,7 @@ def laboratory(argv):
     out = Path(given.pop("out", "") or f"out/lab-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     runs = {}  # (method, teacher, gamma, window, seed): flags
     for method, teacher, gamma, window, seed in itertools.product(*lists):
-        if method != "egrsd":  # the gate is nobody else's
+        if method in UNGATED:
             gamma, window = lists[2][0], lists[3][0]
         key = method, "frozen" if method in ("sft", "grpo") else teacher, gamma, window, seed
         flags = {"model": str(out / "model"), **given, **dict(zip(LAB_LISTS, key)), "out": out / "-".join(key)}
@@ -1424,11 +1441,10 @@ def laboratory(argv):
                  if name != "lab" and value is not False]
         validate(configure(parse_flags(flags)))  # a mistake shows now, not hours later
         runs[key] = flags
-    settings = {**vars(configure(given)), "out": ""}
-    stored = json.loads((out / "lab.json").read_text()) if (out / "lab.json").exists() else settings
-    for name, value in settings.items():
-        require(stored.get(name) == value, f"--{name} {value}: the runs in {out} have {stored.get(name)!r}")
-    write_json(out / "lab.json", settings)
+    file = out / "lab.json"
+    stored = json.loads(file.read_text()) if file.exists() else given
+    require(stored == given, f"--out {out}: its runs have other settings ({stored})")
+    write_json(file, given)
     print(f"lab        {out}, {len(runs)} runs", flush=True)
     if "model" not in given and not (out / "model").exists():
         pretrain_toy(out / "model", int(lists[4][0]))
@@ -1483,7 +1499,7 @@ def lab_table(lists, results):
         rows = [["method", "accuracy %", "gain", "length", "eff"]]
         for (method, *rest), each in groups.items():
             label = [f"{name} {value}" for name, value, values in zip(LAB_LISTS[1:], rest, lists[1:])
-                     if len(values) > 1 and (method == "egrsd" or name == "teacher")]
+                     if len(values) > 1 and (method not in UNGATED or name == "teacher")]
             accuracy, length = (statistics.fmean(row[name] for row in each) for name in ("avg@K", "length"))
             rows.append([" ".join([method, *label]), cell(each, "avg@K"),
                          cell(each, "gain") if "gain" in each[0] else "", cell(each, "length"),
@@ -1628,10 +1644,9 @@ def load_model(cfg, device):
     if cfg.teacher != "frozen":
         model.add_adapter("teacher", lora)  # draws an A of its own; the teacher starts as a copy of the student
         follow(model, 1.0)
-    model.train(cfg.grad_checkpoint)  # transformers checkpoints in train mode only; there is no dropout to turn on
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return model.eval()
 
 def fingerprint(model):
     """A number made of every bit of the base weights."""
@@ -1653,10 +1668,7 @@ def check_head(model, ids):
 def run_training(cfg, interrupt):
     """One run from flags to results: problems, models, the loop; for the toy also pre-training and the table."""
     adds = cfg.toy and not cfg.data
-    if adds:
-        problems = toy_problems(random.Random(cfg.seed), TOY_HELD_OUT + TOY_PROBLEMS)
-    else:
-        problems = load_problems(cfg.data)
+    problems = toy_problems(random.Random(cfg.seed), TOY_HELD_OUT + TOY_PROBLEMS) if adds else load_problems(cfg.data)
     held_out, problems = problems[:TOY_HELD_OUT * adds], problems[TOY_HELD_OUT * adds:]
     device = start_distributed()
     folder = choose_folder(cfg)
@@ -1705,11 +1717,11 @@ def main():
         else:
             cfg = configure(parse_flags(sys.argv[1:]))
             validate(cfg)
-            if cfg.report and RANK == 0:
+            if cfg.report:
                 report(cfg)
             elif cfg.eval:
                 run_evaluation(cfg)
-            elif not cfg.report:
+            else:
                 run_training(cfg, interrupt)
         return 0
     except (UserError, FloatingPointError) as error:  # all ranks have it

@@ -15,8 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 HERE = Path(__file__).parent
@@ -385,6 +388,14 @@ def launched(*flags, **options):
     return subprocess.run(command(*flags, **options), capture_output=True, text=True, timeout=120)
 
 
+def only_with(name):
+    """A mark whose tests are left out without -m NAME."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no file to register a mark in
+        return getattr(pytest.mark, name) if name in sys.argv else pytest.mark.skip(reason=f"only with -m {name}")
+
+
+bench, slow = only_with("bench"), only_with("slow")
 needs_vllm = pytest.mark.skipif(egrsd.importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3", "transformers.generation", "peft", "datasets", "matplotlib.figure", "vllm"])
@@ -834,9 +845,8 @@ def test_a_bad_data_file_is_named_with_what_is_wrong(content, message, tmp_path)
     path = tmp_path / "bad.jsonl"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(egrsd.UserError, match="bad.jsonl") as error:
-        egrsd.load_problems(str(path))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    done = run("--data", path)
+    assert done.returncode == 2 and "bad.jsonl" in done.stderr and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_draw_gives_each_epoch_once_straddles_epochs_and_counts_long_rows():
@@ -1535,14 +1545,9 @@ egrsd.write_trace = write_trace
     ("--toy --lab --method egrsd,nope", "nope"), ("--toy --lab --seed 0,x", "--seed"),
     ("--adapter nowhere --eval x", "no snapshot there"), ("--eval aime24,,x", "empty name"), ("--toy --eval x", "needs --model"),
     ("--eval nothing.jsonl", "nothing.jsonl"), ("--report nowhere", "nowhere: neither a run"), ("--toy --lab --eval x", "no --data")])
-def test_a_user_error_is_one_line_and_exit_code_2(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["egrsd.py", *flags.split()])
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    assert egrsd.main() == 2
-    signal.signal(signal.SIGTERM, handlers[0])
-    signal.signal(signal.SIGINT, handlers[1])
-    captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1, captured.err
+def test_a_user_error_is_one_line_and_exit_code_2(flags, message):
+    done = run(*flags.split())
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_user_errors_of_the_real_command_come_before_any_model_is_loaded(whole, problems, tmp_path):
@@ -1616,18 +1621,79 @@ egrsd.teach = teach
     assert metrics[4]["welford_mean"] != metrics[3]["welford_mean"]  # but its rewards count
 
 
-def test_a_full_disk_while_saving_ends_with_a_line_and_keeps_the_last_snapshot(small, driver, tmp_path):
+@pytest.mark.parametrize("kilobytes, rank, refused", [(75, 4, "File too large"), (100, 32, "step_1 cannot be saved; is the disk full? "), (250, 32, "step_1 cannot be saved; is the disk full? ")],
+                         ids=["rollouts.jsonl", "adapter", "trainer.pt"])
+def test_a_file_that_cannot_grow_ends_the_run_with_a_line_and_keeps_the_last_snapshot(kilobytes, rank, refused, small, driver, tmp_path):
+    """The system refuses to make a file longer, as on a full disk."""
+    patch = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10}))"
+    done = run(*small, "--lora_rank", rank, "--out", tmp_path / "run", driver=driver(patch))
+    assert done.returncode == 1 and refused in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert bool(egrsd.snapshots(tmp_path / "run")) == (rank == 4)
+    assert [path.name for path in (tmp_path / "run" / "step_1.tmp").glob("*.safetensors")] == ["adapter_model.safetensors"] * (kilobytes == 250)
+    done = run("--resume", tmp_path / "run", driver=driver())
+    assert done.returncode == 0 and len(read(tmp_path / "run" / "rollouts.jsonl")) == 96, done.stderr
+
+
+@pytest.mark.parametrize("keep, ranks", [([], 1), ([1, 6], 2), (range(1, 13), 1)])
+def test_a_run_goes_on_without_a_snapshot_on_other_ranks_and_beyond_its_end(keep, ranks, whole, driver, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run").glob("step_*"):
+        if int(path.name[5:]) not in keep:
+            shutil.rmtree(path)
+    done = run("--resume", tmp_path / "run", "--steps", 14, ranks=ranks, driver=driver())
+    assert done.returncode == 0, done.stderr
+    old, new = read(whole / "rollouts.jsonl"), read(tmp_path / "run" / "rollouts.jsonl")
+    assert [row["completion_ids"] for row in new[:96]] == [row["completion_ids"] for row in old] and len(new) == 8 * 14
+    metrics = read(tmp_path / "run" / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 15))
+    for one, two in zip(read(whole / "metrics.jsonl"), metrics):
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def test_checkpointed_activations_change_nothing(whole, small, driver, tmp_path):
+    done = run(*small, "--steps", 3, "--grad_checkpoint", "--out", tmp_path / "run", driver=driver())
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(read(whole / "metrics.jsonl")[:3], read(tmp_path / "run" / "metrics.jsonl"), strict=True):
+        assert two["engine_gap_max"] < 1e-4
+        assert one["tokens"] == two["tokens"] and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+@slow
+def test_the_laboratory_runs_what_is_missing_and_draws_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(egrsd, "TOY_PRETRAIN_STEPS", 2)
+    egrsd.pretrain_toy(tmp_path / "model", seed=5)
+    flags = ["--toy", "--lab", "--model", tmp_path / "model", "--method", "grpo,egrsd", "--window", "0,2", "--steps", 1,
+             "--max_completion_length", 8, "--samples", 1, "--out", tmp_path / "lab"]
+    done = launched(*flags)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "lab" / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["baseline", "grpo", "egrsd window 0", "egrsd window 2"]
+    assert table in done.stdout and (tmp_path / "lab" / "report.png").exists()
+    lost, kept = tmp_path / "lab" / "grpo-frozen-0.3-0-0", tmp_path / "lab" / "egrsd-frozen-0.3-2-0" / "metrics.jsonl"
+    shutil.rmtree(lost)
+    before = kept.stat().st_mtime_ns
+    done = launched(*flags)
+    assert done.returncode == 0 and (lost / "results.json").exists() and kept.stat().st_mtime_ns == before, done.stderr
+    done = launched(*flags, "--lr", "1e-3")
+    assert done.returncode == 2 and "other settings" in done.stderr, done.stderr
+
+
+def test_all_wrong_all_cut_off_and_empty_completions_train_on(small, driver, tmp_path):
     patch = """
-real, saves = egrsd.torch.save, iter(range(1, 99))
-def save(x, path):
-    if next(saves) == 3:
-        raise OSError(28, "No space left on device")
-    return real(x, path)
-egrsd.torch.save = save
+egrsd.score_answer = lambda completion, row: 0
+real = egrsd.HfEngine.generate
+def generate(*a, **k):
+    for i, ids, logp in real(*a, **k):
+        yield (i, [3], logp[:1]) if i == 0 else (i, ids, logp)  # nothing but the end of the turn
+egrsd.HfEngine.generate = generate
 """
-    done = run(*small, "--out", tmp_path / "run", driver=driver(patch))
-    assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert egrsd.snapshots(tmp_path / "run")[-1].name == "step_2"
+    done = run(*small, "--max_completion_length", 1, "--steps", 8, "--save_every", 8, "--out", tmp_path / "run", driver=driver(patch))
+    assert done.returncode == 0, done.stderr
+    metrics, rows = read(tmp_path / "run" / "metrics.jsonl"), read(tmp_path / "run" / "rollouts.jsonl")
+    assert len(metrics) == 8 and all(m["reward"] == 0 and m["skipped"] == 0 and math.isfinite(m["loss"]) for m in metrics)
+    assert {m["length"] for m in metrics} == {1} and max(m["truncated"] for m in metrics) > 50
+    assert sum(row["completion"] == "" for row in rows) >= 8
+    assert metrics[-1]["advantage_std"] == metrics[-1]["welford_std"] == 0
 
 
 def test_a_dead_rank_ends_the_others(small, driver, tmp_path):
@@ -1682,6 +1748,132 @@ def test_a_head_that_scales_its_logits_is_refused(tiny):
     head.register_forward_hook(lambda module, inputs, output: 30 * torch.tanh(output / 30))
     with pytest.raises(egrsd.UserError, match="soft-cap"):
         egrsd.check_head(model, [5, 6, 7, 8])
+
+
+@slow
+def test_more_than_50_saves_survive_kill_9_at_random_moments(small, driver, tmp_path):
+    flags, rng = [*small, "--steps", 80], random.Random()
+    done = run(*flags, "--save_every", 80, "--out", tmp_path / "whole", driver=driver())
+    assert done.returncode == 0, done.stderr
+    kills, newest, torn, again = 0, 0, 0, ["--out", tmp_path / "run"]
+    while newest < 60:
+        process = Forked(*(flags if "--out" in again else []), *again, driver=driver())
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        seen = metrics.read_text().count("\n") if metrics.exists() else 0
+        end = time.perf_counter() + 60
+        while not metrics.exists() or metrics.read_text().count("\n") in (0, seen):  # until it makes steps
+            assert time.perf_counter() < end
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill(signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
+        kills, torn = kills + 1, torn + len(list((tmp_path / "run").glob("*.tmp")))
+        found = egrsd.snapshots(tmp_path / "run")
+        steps = [int(path.name[5:]) for path in found]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) >= newest  # nothing that was saved is lost
+        assert metrics.read_text().count("\n") - len(steps) <= 1  # and no more than the step after it
+        for path in found[newest:]:
+            assert torch.load(path / "trainer.pt", weights_only=True)["step"] == int(path.name[5:]) and len(adapter(path)) == 28
+        newest = len(steps)
+        if found:
+            again = ["--resume", tmp_path / "run"]
+        else:
+            shutil.rmtree(tmp_path / "run")
+    done = run("--resume", tmp_path / "run", driver=driver())
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "run" / "rollouts.jsonl") == read(tmp_path / "whole" / "rollouts.jsonl")
+    assert list(map(reproducible, read(metrics))) == list(map(reproducible, read(tmp_path / "whole" / "metrics.jsonl")))
+    for (name, one), two in zip(adapter(tmp_path / "run" / "step_80").items(), adapter(tmp_path / "whole" / "step_80").values(), strict=True):
+        assert torch.equal(one, two), name
+    print(f"\n{kills} kills, {torn} of them in the middle of a save, over {newest} saves")
+
+
+@slow
+def test_1000_steps_keep_memory_and_file_handles(tmp_path, monkeypatch, driver):
+    monkeypatch.setattr(egrsd, "TOY_PRETRAIN_STEPS", 2)
+    egrsd.pretrain_toy(tmp_path / "toy", seed=0)
+    patch = f"""
+import os
+real, log = egrsd.step_metrics, open({str(tmp_path / "log")!r}, "w")
+def step_metrics(*a):
+    pages = int(open("/proc/self/statm").read().split()[1])
+    print(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd")), file=log, flush=True)
+    return real(*a)
+egrsd.step_metrics = step_metrics
+"""
+    process = Forked("--toy", "--model", tmp_path / "toy", "--steps", 1000, "--save_every", 50, "--batch_size", 8, "--samples", 1,
+                     "--max_completion_length", 24, "--out", tmp_path / "run", driver=driver(patch))
+    done = process.wait(timeout=900)
+    assert done.returncode == 0, done.stderr
+    memory, handles = zip(*(map(float, line.split()) for line in (tmp_path / "log").read_text().splitlines()))
+    metrics = read(tmp_path / "run" / "metrics.jsonl")
+    print(f"\n1,000 steps: {memory[49]:.0f} MiB after 50, {memory[-1]:.0f} MiB at the end, {max(memory[50:]):.0f} MiB at most; "
+          f"file handles {handles[49]:.0f} and {handles[-1]:.0f}")
+    assert len(memory) == len(metrics) == 1000 and max(memory[50:]) - memory[49] < 40 and set(handles[49:]) == {handles[49]}
+    assert all(math.isfinite(x) for m in metrics for x in m.values()) and metrics[-1]["skipped"] == 0
+
+
+# ------------------------------------------------------------------------------------------------- fuzzing
+
+def fuzz(cases):
+    return hypothesis.settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+
+
+some_json = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda inner: st.lists(inner, max_size=3)
+                         | st.dictionaries(st.sampled_from(["problem", "question", "solution", "answer", "Answer", "x"]), inner, max_size=5), max_leaves=4)
+latex = st.lists(st.sampled_from(r"\frac \sqrt \boxed \left( \right) \pi \text \cdot \times \pm \{ \} \infty \begin{pmatrix} \end{pmatrix} \\ { } ( ) [ ] , = + - "
+                                 r"/ ^ _ ! % $ 0 1 2 7 10 3.5 1e9 x y \sum \int \log".split() + [" "]), max_size=14).map("".join)
+
+
+@fuzz(1000)
+@hypothesis.given(st.binary(max_size=60) | st.lists(some_json.map(json.dumps), max_size=3).map("\n".join).map(str.encode) | st.builds(
+    lambda text, at, new: text[:at] + new + text[at + 1:], some_json.map(json.dumps).map(str.encode), st.integers(0, 40), st.binary(max_size=2)))
+def test_fuzzed_data_files_load_or_are_refused(content):
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        file.write(content)
+        file.flush()
+        try:
+            problems = egrsd.load_problems(file.name)
+        except egrsd.UserError as error:
+            assert file.name in str(error) and "\n" not in str(error)
+        else:
+            assert all(isinstance(text, str) and text.strip() and text.encode() for row in problems for text in row.values())
+
+
+@fuzz(3000)
+@hypothesis.given(st.text(max_size=80) | latex, st.text(max_size=20) | latex)
+def test_fuzzed_texts_have_a_box_or_none(text, other):
+    box = egrsd.last_boxed(text)
+    assert box is None or f"{{{box}}}" in text
+    assert egrsd.last_boxed(rf"{text}\boxed{{7}}") == "7" or "{" in text or "\\" in text
+    gold = egrsd.gold_answer(dict(answer=text, solution=other))
+    assert gold is None or (isinstance(gold, str) and gold == gold.strip() and gold)
+    assert egrsd.grade(text, other) in (True, False) or box
+
+
+@fuzz(1000)
+@hypothesis.given(st.dictionaries(st.sampled_from(["answer", "Answer", "solution"]), some_json))
+def test_fuzzed_rows_have_a_gold_answer_or_none(row):
+    gold = egrsd.gold_answer(row)
+    assert gold is None or isinstance(gold, str) and gold
+
+
+@fuzz(300)
+@hypothesis.given(latex.filter(str.strip), latex.filter(str.strip))
+def test_fuzzed_latex_is_graded_within_bounds(answer, gold):
+    start = time.perf_counter()
+    assert egrsd.math_verify_agrees(gold, answer) in (True, False)
+    assert time.perf_counter() - start < 10  # of wall time: the limit is 1.2 s of processor time
+
+
+@fuzz(5000)
+@hypothesis.given(st.lists(st.floats(0, 2.0**127, width=32), min_size=1, max_size=30), st.integers(0, 40), st.floats(0, 1e6), st.floats(0, 2.0**127))
+def test_fuzzed_gates_stay_between_a_tenth_and_one(entropies, window, gamma, max_entropy):
+    entropy = torch.tensor(entropies)
+    ahead, gate = egrsd.lookahead_min(entropy, window), egrsd.confidence_gate(entropy, max_entropy, gamma, window)
+    assert ahead.shape == gate.shape == entropy.shape and bool((ahead <= entropy).all())
+    assert bool(((gate >= 0.1) & (gate <= 1)).all())
+    assert ahead.tolist() == [min(entropy[t:t + window + 1].tolist()) for t in range(len(entropy))]
 
 
 # ------------------------------------------------------------------------------------------- vLLM, the real one, on the CPU
@@ -1805,3 +1997,56 @@ egrsd.VllmEngine.generate = generate
     assert time.perf_counter() - start < 30
     assert error.count("egrsd.py: stopped") == 1, error
     assert egrsd.snapshots(tmp_path / "run")[-1].name == "step_3"
+
+
+# -------------------------------------------------------- benchmarks, which print and judge nothing: pytest -m bench -s
+
+SCORING = """
+import resource, sys, time, torch, torch.nn.functional as F, egrsd
+torch.manual_seed(0)
+hidden, targets = torch.randn(4096, 1024, requires_grad=True), torch.randint(151936, (4096,))
+head, weight = torch.randn(151936, 1024) / 32, torch.randn(4096)
+
+def naive():
+    log_p = (hidden @ head.T).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).detach()
+    return log_p.gather(1, targets[:, None])[:, 0], entropy
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+logp, entropy = naive() if sys.argv[1] == "naive" else egrsd.logp_and_entropy(hidden, head, targets)
+(weight * logp).sum().backward()
+seconds = time.perf_counter() - start
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, logp.sum().item(), hidden.grad.norm().item())
+"""
+
+
+@bench
+def test_bench_scoring(tmp_path):
+    (tmp_path / "scoring.py").write_text(SCORING)
+    rows = {}
+    for name in ("naive", "ours"):
+        done = subprocess.run([sys.executable, tmp_path / "scoring.py", name], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+        rows[name] = list(map(float, done.stdout.split()))
+    assert rows["ours"][2:] == pytest.approx(rows["naive"][2:], rel=1e-3)
+    print("\nscoring 4 x 1,024 tokens, d = 1,024, V = 151,936, float32, two threads, forward and backward")
+    for name, (seconds, gib, *_) in rows.items():
+        print(f"{name:6} {seconds:6.1f} s {gib:6.2f} GiB more at the peak")
+    print(f"ratio  {rows['ours'][0] / rows['naive'][0]:6.2f}   {rows['ours'][1] / rows['naive'][1]:6.2f}")
+
+
+@bench
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)])
+def test_bench_toy_step(engine, tmp_path_factory):
+    model = tmp_path_factory.getbasetemp() / "bench-toy"
+    if not model.exists():
+        egrsd.pretrain_toy(model, 0)
+    out = tmp_path_factory.mktemp("bench")
+    done = launched("--toy", "--model", model, "--out", out / "run", "--steps", 25, "--engine", engine)
+    assert done.returncode == 0, done.stderr
+    rows = read(out / "run" / "metrics.jsonl")[5:]
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name.endswith("_s") or name == "tokens"}
+    print(f"\na toy step with {engine}: {mean['step_s']:.3f} s, {mean['tokens'] / 32:.1f} tokens a completion, "
+          f"{mean['tokens'] / mean['sample_s']:.0f} tokens/s sampled")
+    print("  ".join(f"{name[:-2]} {1000 * x:.0f} ms ({100 * x / mean['step_s']:.1f} %)" for name, x in mean.items()
+                    if name.endswith("_s") and name != "step_s"))

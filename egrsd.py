@@ -101,7 +101,7 @@ STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first d
 GATE_FLOOR = 0.1  # even the least certain token keeps a tenth of its weight, Eq. (6)
 ENTROPY_FLOOR = 1.0  # nats; H_max counts as at least this, so that a confident batch is not torn apart, Eq. (5)
 DASD_BETA = 0.1  # weight of DASD's teacher signal beside the advantage; ours: at 0.5 the toy collapses
-HEAD_CHUNK = 128  # tokens whose float32 logits over the vocabulary exist at a time
+HEAD_CHUNK = 512  # tokens whose float32 logits over the vocabulary exist at a time
 
 def length_shaped_reward(correct, length, max_completion_length, beta=0.5):
     """r = 1[correct] (1 + beta (1 - T / L_max)), App. D. Lengths in tokens -> float in [0, 1 + beta]."""
@@ -196,7 +196,7 @@ def log_probs(hidden, head):
     else:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.to(dtype) @ head.to(dtype).T
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))  # in place: memory is what counts here
+    return logits.log_softmax(-1)
 
 class HeadFunction(torch.autograd.Function):
     """Hidden states -> (value, log p, entropy) of each token, with the logits of HEAD_CHUNK tokens at a time.

@@ -133,7 +133,7 @@ def naive(hidden, head, targets):
     return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-@pytest.mark.parametrize("length", [1, 127, 128, 300])
+@pytest.mark.parametrize("length", [1, 511, 512, 1300])
 def test_logp_entropy_and_gradient_equal_the_full_logits_formula(length):
     torch.manual_seed(3)
     hidden, head = torch.randn(length, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
@@ -385,7 +385,7 @@ def command(*flags, ranks=1, driver=HERE / "egrsd.py"):
 
 
 def launched(*flags, **options):
-    return subprocess.run(command(*flags, **options), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(*flags, **options), capture_output=True, text=True, timeout=600)
 
 
 with warnings.catch_warnings():
@@ -2007,7 +2007,7 @@ egrsd.VllmEngine.generate = generate
 # -------------------------------------------------------- benchmarks, which print and judge nothing: pytest -m bench -s
 
 SCORING = """
-import resource, sys, time, torch, torch.nn.functional as F, egrsd
+import sys, time, torch, torch.nn.functional as F, egrsd
 torch.manual_seed(0)
 hidden, targets = torch.randn(4096, 1024, requires_grad=True), torch.randint(151936, (4096,))
 head, weight = torch.randn(151936, 1024) / 32, torch.randn(4096)
@@ -2017,12 +2017,16 @@ def naive():
     entropy = -(log_p.exp() * log_p).sum(-1).detach()
     return log_p.gather(1, targets[:, None])[:, 0], entropy
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 2**20
+
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before = status("VmRSS")
 start = time.perf_counter()
 logp, entropy = naive() if sys.argv[1] == "naive" else egrsd.logp_and_entropy(hidden, head, targets)
 (weight * logp).sum().backward()
 seconds = time.perf_counter() - start
-print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, logp.sum().item(), hidden.grad.norm().item())
+print(seconds, status("VmHWM") - before, logp.sum().item(), hidden.grad.norm().item())
 """
 
 

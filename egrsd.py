@@ -20,7 +20,7 @@ Missing on purpose: importance ratio and PPO clip (one update per batch), a KL p
 the reference), value network, loss and attention masks (a rollout is one 1-D tensor; a pass pads on the right only).
 Six other methods share the loop, see TOKEN_WEIGHT. D1, D2, ... mark decisions where the paper is silent: see README.
 
-    python egrsd.py --toy                                          # a laptop: 3 to 4 minutes, nothing downloaded
+    python egrsd.py --toy                                          # a laptop: 3 minutes, nothing downloaded
     torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # Qwen3-8B on 8 x 80 GB
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
@@ -1372,9 +1372,21 @@ def orthogonalised(gradient):
         x = 3.4445 * x + (gram @ x if len(gram) == len(x) else x @ gram)
     return x * max(1, len(x) / x.shape[1])**0.5
 
+def toy_batch(rng, tokenizer):
+    """(prompt ids, completion ids) to pre-train on, by length. Of six prompts two hold a reference, whose completions
+    are nearly free of slips, one asks to be concise, three are plain."""
+    rows = []
+    for k, row in enumerate(toy_problems(rng, TOY_PRETRAIN_BATCH)):
+        a, b = map(int, row["problem"].split("+"))
+        turn, slip, check = ((teacher_prompt(row), 0.02, 0.25) if k % 3 == 0 else
+                             (teacher_prompt(row, "crisp"), 0.2, 0.25) if k % 6 == 1 else
+                             (student_prompt(row), 0.2, 0.85))
+        completion = tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [tokenizer.eos_token_id]
+        rows.append((encode(tokenizer, turn, False), completion))
+    return sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+
 def pretrain_toy(folder, seed):
-    """Trains the toy from scratch on worked additions and saves it. Of six prompts two hold a reference, one asks to be
-    concise, three are plain."""
+    """Trains the toy from scratch on worked additions and saves it."""
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM
     tokenizer, rng = toy_tokenizer(), random.Random(seed)
@@ -1392,15 +1404,7 @@ def pretrain_toy(folder, seed):
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], TOY_PRETRAIN_STEPS, pct_start=0.1,
                                                      cycle_momentum=False) for o in optimizers]
     for _ in tqdm(range(TOY_PRETRAIN_STEPS), "pre-training the toy", disable=None):
-        rows = []
-        for k, row in enumerate(toy_problems(rng, TOY_PRETRAIN_BATCH)):
-            a, b = map(int, row["problem"].split("+"))
-            turn, slip, check = ((teacher_prompt(row), 0.02, 0.25) if k % 3 == 0 else
-                                 (teacher_prompt(row, "crisp"), 0.2, 0.25) if k % 6 == 1 else
-                                 (student_prompt(row), 0.2, 0.85))
-            completion = tokenizer(toy_solution(rng, a, b, slip, check)).input_ids + [end]
-            rows.append((encode(tokenizer, turn, False), completion))
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        rows = toy_batch(rng, tokenizer)
         tokens = sum(len(completion) for _, completion in rows)
         for part in rows[:TOY_PRETRAIN_BATCH // 2], rows[TOY_PRETRAIN_BATCH // 2:]:  # by length: less padding
             prompts, completions = zip(*part)
@@ -1424,7 +1428,6 @@ LAB_LISTS = ("method", "teacher", "gamma", "window", "seed")
 def laboratory(argv):
     """--lab: trains one toy, that of the first seed, with every combination of the comma lists in LAB_LISTS, as many
     runs at a time as there are cores, and writes a table of them. The same command with --out does what is missing."""
-    from tqdm import tqdm
     given = parse_flags(argv, LAB_LISTS)
     require(given.get("toy") and not {"data", "resume", "eval", "adapter", "report"} & set(given),
             "--lab: needs --toy, and no --data, --resume, --eval, --adapter or --report")
@@ -1448,36 +1451,41 @@ def laboratory(argv):
     print(f"lab        {out}, {len(runs)} runs", flush=True)
     if "model" not in given and not (out / "model").exists():
         pretrain_toy(out / "model", int(lists[4][0]))
+    folders = {key: out / "-".join(key) for key in runs}
+    run_all({folders[key]: flags for key, flags in runs.items()})
+    table = lab_table(lists, {key: lab_rows(folder) for key, folder in folders.items()})
+    (out / "table.md").write_text(table)
+    print(f"\n{table}\n{out / 'table.md'}")
+    draw_if_possible(write_report, out / "report.png", list(folders.values()))
 
-    def results(key):
-        file = out / "-".join(key) / "results.json"
-        return json.loads(file.read_text()) if file.exists() else []
+def lab_rows(folder):
+    """The rows `before` and `after` of a finished run, else none."""
+    file = folder / "results.json"
+    return json.loads(file.read_text()) if file.exists() else []
 
-    waiting, running = [key for key in runs if len(results(key)) < 2], {}
+def run_all(runs):
+    """Starts the unfinished ones of {folder: flags}, a process for each core at a time, and waits for them."""
+    from tqdm import tqdm
+    waiting, running = [folder for folder in runs if not lab_rows(folder)], {}
     bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None)
     try:
         while waiting or running:
             while waiting and len(running) < os.cpu_count():
-                key = waiting.pop(0)
-                folder = out / "-".join(key)
-                flags = ["--resume", str(folder)] if (folder / "config.json").exists() else runs[key]
+                folder = waiting.pop(0)
+                flags = ["--resume", str(folder)] if (folder / "config.json").exists() else runs[folder]
                 with open(f"{folder}.log", "a") as log:
-                    running[key] = subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log)
+                    running[folder] = subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log)
             time.sleep(0.2)
-            for key in [key for key, child in running.items() if child.poll() is not None]:
-                require(running.pop(key).returncode == 0 and len(results(key)) == 2,
-                        f"{out / '-'.join(key)}.log: this run failed, see there")
+            for folder in [folder for folder, child in running.items() if child.poll() is not None]:
+                require(running.pop(folder).returncode == 0 and lab_rows(folder),
+                        f"{folder}.log: this run failed, see there")
                 bar.update()
     finally:
         for child in running.values():
             child.terminate()
         for child in running.values():  # each saves its last complete step
             child.wait()
-    bar.close()
-    table = lab_table(lists, {key: results(key) for key in runs})
-    (out / "table.md").write_text(table)
-    print(f"\n{table}\n{out / 'table.md'}")
-    draw_if_possible(write_report, out / "report.png", [out / "-".join(key) for key in runs])
+        bar.close()
 
 def lab_table(lists, results):
     """Markdown: a row a setting, accuracy and length as mean and standard deviation over seeds, in the order of Table
@@ -1679,10 +1687,10 @@ def run_training(cfg, interrupt):
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "math-verify")}
         write_json(folder / "config.json", dict(config={**vars(cfg), "resume": ""}, ranks=WORLD, versions=versions))
     if not cfg.model:  # a fresh toy
-        cfg.model = str(folder / "model")
-        if RANK == 0 and not Path(cfg.model).exists():
+        if RANK == 0 and not (folder / "model").exists():
             pretrain_toy(folder / "model", cfg.seed)
         gather(None)
+        cfg.model = str(folder / "model")
         tokenizer, ends = load_tokenizer(cfg.model)
     if cfg.toy:
         torch.set_num_threads(1)  # matrices too small to share; torchrun sets 1 too, so both ways give the same run
@@ -1690,20 +1698,16 @@ def run_training(cfg, interrupt):
     model = load_model(cfg, device)
     check_head(model, encode(tokenizer, student_prompt(problems[0]), cfg.thinking))
     engine = engine or HfEngine(model, ends)
-    table = []
-
-    def held_out_row(name, step):
-        row, = evaluate(cfg, engine, tokenizer, {"additions": held_out}, folder / "eval" / f"step_{step}")
-        table.append({**row, "name": name})
-
+    held_out = {"additions": held_out}
     if adds:
-        held_out_row("before", 0)
+        before, = evaluate(cfg, engine, tokenizer, held_out, folder / "eval" / "step_0")
     train(cfg, folder, model, tokenizer, engine, problems, interrupt)
     interrupt.release()
     if adds:
         engine.sync(model, cfg.steps + 1)
-        held_out_row("after", cfg.steps)
+        after, = evaluate(cfg, engine, tokenizer, held_out, folder / "eval" / f"step_{cfg.steps}")
         if RANK == 0:
+            table = [{**before, "name": "before"}, {**after, "name": "after"}]
             write_json(folder / "results.json", table)
             print_table(f"{TOY_HELD_OUT} held-out additions", table)
     if RANK == 0:

@@ -1141,7 +1141,7 @@ def write_report(file, folders):
     for name, title in ("omega_d", "mean gate by entropy decile"), ("delta_d", "mean |delta| by entropy decile, nats"):
         axes[name].set(title=title, xlabel="decile of the teacher's entropy", xticks=range(1, 11))
     axes["omega_d"].set(ylim=(0, 1.05))
-    axes["restored"].set(title="mean gate restored by the lookahead", xticks=range(4), xticklabels=REGIMES)
+    axes["restored"].set(title="gate restored by the lookahead", xticks=range(4), xticklabels=REGIMES, xlim=(-0.5, 3.5))
     for norm in {runs[0][0]["max_grad_norm"] for runs in grouped.values()}:
         axes["grad_norm"].axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
     dashes = itertools.cycle(("-", "--", ":", "-."))
@@ -1188,7 +1188,7 @@ def draw_results(axis, figure, grouped):
                  yticks=range(len(gammas)), xticklabels=windows, yticklabels=gammas)
         return
     axis.set(title="held-out avg@K, %, and length", xlabel="mean length, tokens")
-    axis.margins(0.2)
+    axis.margins(0.4, 0.2)  # room for the labels
     points = [("baseline", "0.5", [table[0] for each in tables.values() for table in each])]
     points += [(label, COLOURS.get(configs[label]["method"], "C3"), [table[1] for table in each])
                for label, each in tables.items()]

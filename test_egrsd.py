@@ -1544,7 +1544,7 @@ egrsd.write_trace = write_trace
     ("--window -1", "not below 0"), ("--lr -1e-6", "not below 0"), ("--window 1.5", "invalid int"), ("--method egsrd", "one of sft, grpo, rlsd, opsd, crisp, dasd, egrsd"),
     ("--engine cuda", "one of auto"), ("--batch_size 32 --method grpo --rollouts_per_prompt 5", "divisible"), ("--steps 0", "above 0"),
     ("--rollouts_per_prompt 4", "only --method grpo"), ("--max_length 1000", "--max_completion_length"), ("--model=", "must not be empty"),
-    ("--tensor_parallel 0", "above 0"), ("--rollouts_per_prompt 0", "above 0"), ("--data nothing.jsonl", "nothing.jsonl"),
+    ("--tensor_parallel 0", "above 0"), ("--tensor_parallel 2", "must divide the 1 ranks"), ("--rollouts_per_prompt 0", "above 0"), ("--data nothing.jsonl", "nothing.jsonl"),
     ("--resume nowhere", "nowhere"), ("--teacher old", "one of frozen"), ("--kl_clip 0.1", "only --method opsd"),
     ("--method sft --teacher ema", "has no teacher"), ("--teacher_decay 1.1", "not be above 1"), ("--lab", "needs --toy"),
     ("--toy --lab --method egrsd,nope", "nope"), ("--toy --lab --seed 0,x", "--seed"),
@@ -1714,6 +1714,16 @@ egrsd.learn = learn
     done = launched(*small, "--out", tmp_path / "run", ranks=2, driver=driver(patch))
     assert done.returncode != 0 and "rank 1 breaks here" in done.stderr
     assert time.perf_counter() - start < 60
+    assert egrsd.snapshots(tmp_path / "run")[-1].name == "step_2"
+
+
+def test_a_rank_killed_in_the_middle_of_a_step_ends_the_other_with_a_line(small, driver, tmp_path):
+    patch = KILLER.replace("egrsd.teach = ", "if egrsd.RANK == 1:\n    egrsd.teach = ").replace("egrsd.Path.rename = ", "unused = ")
+    start = time.perf_counter()
+    processes = Forked(*small, "--out", tmp_path / "run", ranks=2, driver=driver(patch), KILL="teach:3")
+    done = processes.wait(60)
+    assert time.perf_counter() - start < 60 and [process.exitcode for process in processes.processes] == [1, -signal.SIGKILL]
+    assert done.stderr == "egrsd.py: another rank is gone; its own message says why\n"
     assert egrsd.snapshots(tmp_path / "run")[-1].name == "step_2"
 
 

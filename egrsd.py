@@ -68,7 +68,7 @@ class Config:
     engine: str = "auto"  # who samples: vllm | hf; auto = vllm where there is a GPU and vllm is installed
     engine_memory: float = 0.3  # vllm's share of each GPU, its copy of the weights included
     tensor_parallel: int = 1  # ranks that decode together in one vllm engine
-    toy: bool = False  # a tiny Qwen3, trained from scratch on a laptop, learns to add; with --model or --data those
+    toy: bool = False  # train a tiny Qwen3 from scratch on a laptop and let it learn to add; --model, --data replace these
     eval: str = ""  # benchmarks to evaluate on instead of training: aime24,aime25,hmmt25,math500,minerva,gsm8k or files
     samples: int = 4  # K: samples a problem in an evaluation; aime24 has five times as many
     adapter: str = ""  # --eval: a snapshot, or a run folder for all of its snapshots; empty = the base model
@@ -448,7 +448,7 @@ class HfEngine:
         """Yields (index, completion ids up to the end token, raw log p (T,) nats) for id lists and a seed for each.
         Sampling is exact: filtered logits plus Gumbel noise from the rollout's own generator, then the largest."""
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-        filters = [TemperatureLogitsWarper(temperature)]  # no LogitsProcessorList: it costs a toy's step a tenth
+        filters = [TemperatureLogitsWarper(temperature)]  # a LogitsProcessorList inspects signatures at each token
         filters += ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
         device, rows = self.model.device, 256  # sequences at a time
         for start in range(0, len(prompts), rows):

@@ -68,7 +68,7 @@ class Config:
     engine: str = "auto"  # who samples: vllm | hf; auto = vllm where there is a GPU and vllm is installed
     engine_memory: float = 0.3  # vllm's share of each GPU, its copy of the weights included
     tensor_parallel: int = 1  # ranks that decode together in one vllm engine
-    toy: bool = False  # train a tiny Qwen3 from scratch on a laptop and let it learn to add; --model, --data replace these
+    toy: bool = False  # a tiny Qwen3, from scratch on a laptop, learns to add; --model, --data replace those
     eval: str = ""  # benchmarks to evaluate on instead of training: aime24,aime25,hmmt25,math500,minerva,gsm8k or files
     samples: int = 4  # K: samples a problem in an evaluation; aime24 has five times as many
     adapter: str = ""  # --eval: a snapshot, or a run folder for all of its snapshots; empty = the base model

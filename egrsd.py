@@ -949,18 +949,18 @@ def begin_evaluation(cfg, benchmarks, folder):
     """Makes the folder fit for more samples, or refuses it -> stored_samples() of it."""
     file, settings = folder / "settings.json", {name: getattr(cfg, name) for name in EVAL_SETTINGS}
     settings.update(model=identity(cfg.model), adapter=identity(cfg.adapter))
-    stored = json.loads(file.read_text()) if file.exists() else settings
+    stored = {**settings, "problems": {}, **(json.loads(file.read_text()) if file.exists() else {})}
     for name, value in settings.items():
-        require(stored.get(name) == value,
-                f"--{name} {getattr(cfg, name)}: the evaluation in {folder} has another ({stored.get(name)})")
+        require(stored[name] == value,
+                f"--{name} {getattr(cfg, name)}: the evaluation in {folder} has another ({stored[name]})")
     problems = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in benchmarks.items()}
-    known = stored.get("problems", {})
     for name, digest in problems.items():
-        require(known.get(name, digest) == digest, f"{folder}: holds an evaluation of other problems as {name}")
+        require(stored["problems"].get(name, digest) == digest, f"{folder}: holds an evaluation of other "
+                f"problems as {name}")
     done = stored_samples(folder)
     gather(None)  # everyone has read
     if RANK == 0:
-        write_json(file, {**settings, "problems": {**known, **problems}})
+        write_json(file, {**settings, "problems": {**stored["problems"], **problems}})
         for log in folder.glob("rank_*.jsonl"):
             os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     gather(None)
@@ -977,7 +977,7 @@ def evaluate(cfg, engine, tokenizer, benchmarks, folder):
     prompts = [encode(tokenizer, student_prompt(benchmarks[name][p]), cfg.thinking) for name, p, _ in mine]
     seeds, right = [rollout_seed(cfg.seed, p, k) for _, p, k in mine], 0
     bar = tqdm(total=len(mine), unit="sample", desc=", ".join(benchmarks), disable=None if RANK == 0 else True)
-    with open(folder / f"rank_{RANK}.jsonl", "ab") as log:
+    with bar, open(folder / f"rank_{RANK}.jsonl", "ab") as log:
         for i, ids, _ in engine.generate(prompts, seeds, cfg.max_completion_length, **EVAL_SAMPLING):
             (name, p, k), completion = mine[i], tokenizer.decode(ids, skip_special_tokens=True)
             gold, finish = benchmarks[name][p]["gold"], "stop" if ids[-1] in engine.ends else "length"
@@ -987,47 +987,33 @@ def evaluate(cfg, engine, tokenizer, benchmarks, folder):
             right += correct
             bar.update()
             bar.set_postfix_str(f"{100 * right / max(bar.n, 1):.1f} % right")
-    bar.close()
     gather(None)
     done = stored_samples(folder)
     return results([done[job] for job in jobs])
 
-def by_problem(samples):
-    """{benchmark: {problem: its samples}}"""
-    found = {}
-    for row in samples:
-        found.setdefault(row["benchmark"], {}).setdefault(row["problem_id"], []).append(row)
-    return found
-
-def accuracy(samples):
-    """Mean verdict in percent."""
-    return 100 * statistics.fmean(row["correct"] for row in samples)
-
-def standard_error(values):
-    return statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
-
-def macro(rows, names):
-    """The row below several benchmarks: their mean, each weighing the same, and its standard error."""
-    return {"name": "Avg.", "se": math.hypot(*(row["se"] for row in rows)) / len(rows),
-            **{name: statistics.fmean(row[name] for row in rows) for name in names}}
+def with_average(table):
+    """Below several benchmarks a row Avg.: their means, each weighing the same; for se the error of that mean."""
+    if len(table) > 1:
+        table.loc["Avg."] = {**table.mean(), "se": math.hypot(*table["se"]) / len(table)}
+    return table
 
 def results(samples):
     """The rows of results.json: a benchmark each, in percent and tokens; se is the standard error of avg@K over
-    problems, eff the accuracy for 1,000 tokens. Of several a row Avg., its eff the ratio of the macro means."""
-    rows = []
-    for name, problems in by_problem(samples).items():
-        means = [accuracy(each) for each in problems.values()]
-        rows.append({"name": name, "avg@K": statistics.fmean(means), "se": standard_error(means),
-                     "pass@K": 100 * statistics.fmean(mean > 0 for mean in means), "K": len(problems[0]),
-                     "length": statistics.fmean(row["tokens"] for each in problems.values() for row in each)})
-    rows += [macro(rows, ("avg@K", "pass@K", "length"))] if len(rows) > 1 else []
-    return [{**row, "eff": row["avg@K"] / (row["length"] / 1000)} for row in rows]
+    problems, eff the accuracy for 1,000 tokens, in the row Avg. the ratio of the macro means."""
+    from pandas import DataFrame
+    frame = DataFrame(samples).astype({"correct": float})
+    problems = frame.groupby(["benchmark", "problem_id"], sort=False).agg(
+        accuracy=("correct", "mean"), solved=("correct", "max"), length=("tokens", "mean"))
+    each = problems.groupby("benchmark", sort=False)
+    table = with_average(DataFrame({
+        "avg@K": 100 * each["accuracy"].mean(), "se": 100 * each["accuracy"].sem().fillna(0),
+        "pass@K": 100 * each["solved"].mean(), "length": each["length"].mean()}))
+    table["eff"] = table["avg@K"] / (table["length"] / 1000)
+    return table.rename_axis("name").reset_index().to_dict("records")
 
 def print_table(title, rows):
-    print(f"\n{title:24} {'avg@K':>8} {'+- se':>7} {'pass@K':>8} {'K':>4} {'length':>9} {'eff':>8}")
-    form = "{name:24} {avg@K:7.2f}% {se:7.2f} {pass@K:7.2f}% {K:>4} {length:9.1f} {eff:8.2f}"
-    for row in rows:
-        print(form.format(**{"K": "", **row}))
+    from pandas import DataFrame
+    print(f"\n{title}\n{DataFrame(rows).to_string(index=False, float_format='{:.2f}'.format)}", flush=True)
 
 def run_evaluation(cfg):
     """--eval: the base model, a snapshot, or all snapshots of a run, on benchmarks. With vLLM no other model is
@@ -1039,39 +1025,40 @@ def run_evaluation(cfg):
     tokenizer, ends = load_tokenizer(cfg.model)
     engine = start_vllm(cfg, tokenizer, ends, sum(benchmarks.values(), []))
     engine = engine or HfEngine(load_base(cfg, device), ends)
-    table = {}
-    for number, snapshot in enumerate(snapshots(cfg.adapter) or [Path(cfg.adapter)] if cfg.adapter else [None]):
+    chosen, summary = [""], []  # no adapter: the base model
+    if cfg.adapter:
+        chosen = snapshots(cfg.adapter) or [Path(cfg.adapter)]
+    for number, snapshot in enumerate(chosen, 1):
         name, folder = "base", Path(cfg.out or f"out/eval-{Path(cfg.model).name}")
         if snapshot:
             name, folder = snapshot.name, folder / snapshot.name if cfg.out else snapshot / "eval"
-            cfg = dataclasses.replace(cfg, adapter=str(snapshot))
-            engine.use(snapshot, number + 1)
-        table[name] = evaluate(cfg, engine, tokenizer, benchmarks, folder)
+            engine.use(snapshot, number)
+        rows = evaluate(dataclasses.replace(cfg, adapter=str(snapshot)), engine, tokenizer, benchmarks, folder)
+        summary.append({"": name, **{row["name"]: row["avg@K"] for row in rows},
+                        "AvgLen": rows[-1]["length"], "Eff": rows[-1]["eff"]})
         if RANK == 0:
-            write_json(folder / "results.json", table[name])
-            print_table(f"{name}, {folder}", table[name])
-    columns = [*benchmarks, "Avg."]
-    if RANK == 0 and len(columns) > 2:  # as the paper prints it
-        print("\n" + " " * 12 + "".join(f"{column:>9}" for column in columns) + "   AvgLen     Eff")
-        for name, rows in table.items():
-            print(f"{name:12}" + "".join(f"{row['avg@K']:9.2f}" for row in rows)
-                  + "{length:9,.0f} {eff:7.2f}".format(**rows[-1]))
+            write_json(folder / "results.json", rows)
+            print_table(f"{name}, {folder}", rows)
+    if RANK == 0 and (len(summary) > 1 or len(benchmarks) > 1):
+        print_table("avg@K of all", summary)  # in the paper's column order
 
 def compare(folders):
     """--report A B ...: the difference in accuracy of each evaluation to the first, paired by problem, in points."""
-    first, *others = (by_problem(stored_samples(folder).values()) for folder in folders)
-    asked, *others_asked = (json.loads((folder / "settings.json").read_text())["problems"] for folder in folders)
-    for folder, other, its in zip(folders[1:], others, others_asked):
-        rows = []
-        for name in [name for name in first if name in other and asked[name] == its[name]]:
-            gaps = [accuracy(other[name][p]) - accuracy(each) for p, each in first[name].items() if p in other[name]]
-            if gaps:
-                rows.append(dict(name=name, gap=statistics.fmean(gaps), se=standard_error(gaps), problems=len(gaps)))
-        require(rows, f"--report: {folders[0]} and {folder} have no problems in common")
-        rows += [{**macro(rows, ["gap"]), "problems": sum(row["problems"] for row in rows)}] if len(rows) > 1 else []
-        print(f"\n{folder} minus {folders[0]}, points, paired by problem")
-        for row in rows:
-            print("{name:24} {gap:+7.2f} +- {se:5.2f}   {problems} problems".format(**row))
+    from pandas import DataFrame
+
+    def accuracies(folder):
+        asked = json.loads((folder / "settings.json").read_text())["problems"]  # {benchmark: fingerprint}
+        frame = DataFrame(stored_samples(folder).values(), columns=["benchmark", "problem_id", "correct"])
+        frame["asked"] = frame["benchmark"].map(asked)
+        return 100 * frame.groupby(["benchmark", "asked", "problem_id"], sort=False)["correct"].mean().astype(float)
+
+    for folder in folders[1:]:
+        gaps = (accuracies(folder) - accuracies(folders[0])).dropna()
+        require(len(gaps), f"--report: {folders[0]} and {folder} have no problems in common")
+        each = gaps.groupby("benchmark", sort=False)
+        table = with_average(DataFrame({"gap": each.mean(), "se": each.sem().fillna(0)}))
+        print_table(f"{folder} minus {folders[0]}, points, {len(gaps)} problems in pairs",
+                    table.rename_axis("name").reset_index())
 
 # =================================================== 13. Pictures =====================================================
 
@@ -1083,7 +1070,7 @@ def draw_if_possible(draw, *args):
         print(f"picture    {args[0]} not drawn: {one_line(error)}", flush=True)
 
 def report(cfg):
-    """--report: pictures of runs, or differences between evaluations."""
+    """--report: picture and table of runs, or differences between evaluations."""
     folders = list(map(Path, cfg.report))
     if RANK > 0:
         return
@@ -1097,107 +1084,114 @@ def report(cfg):
     file = Path(cfg.out or (folders[0] if len(folders) == 1 else "out"), "report.png")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_report(file, folders)
-    print(file)
+    print(f"{results_table(load_runs(folders)[2])}{file}")
 
 TRACE_TOKENS = 36000  # on one page, which stays below 2 MB
-COLOURS = dict(sft="C7", grpo="C1", rlsd="C4", opsd="C2", crisp="C9", dasd="C5", egrsd="C0")  # yours: C3
-
-def load_runs(folders):
-    """{label: its runs}, a run as (config, metrics, results); the label is the method and whatever differs but the
-    seed: runs of several seeds are drawn as their mean."""
-    runs, grouped = [], {}
-    for folder in folders:
-        config = {**vars(Config()), **json.loads((folder / "config.json").read_text())["config"]}
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else []
-        runs.append((config, metrics, results))
-    names = [name for name in vars(Config()) if name not in ("method", "seed", "out", "resume")]
-    differs = {name for name in names if len({str(config[name]) for config, _, _ in runs}) > 1} - {"gamma", "window"}
-    for run in runs:
-        shown = differs | (set() if run[0]["method"] in UNGATED else {"gamma", "window"})
-        label = ", ".join([run[0]["method"], *(f"{name} {run[0][name]}" for name in names if name in shown)])
-        grouped.setdefault(label, []).append(run)
-    return grouped
-
-def mean_by(rows):
-    """(x, y) pairs -> the xs in order and the mean y of each."""
-    found = {}
-    for x, y in rows:
-        found.setdefault(x, []).append(y)
-    xs = sorted(found)
-    return xs, [statistics.fmean(found[x]) for x in xs]
-
+COLOURS = dict(baseline="0.5", sft="C7", grpo="C1", rlsd="C4", opsd="C2", crisp="C9", dasd="C5", egrsd="C0")  # or C3
+UNGATED = ("sft", "grpo", "rlsd", "opsd", "crisp", "dasd")  # gamma and window change nothing there
 CURVES = dict(reward="reward", accuracy="right answers, %", length="completion length, tokens",
               grad_norm="gradient norm before clipping", engine_gap_max="largest engine gap, nats")
+DECILES = dict(omega_d="mean gate by entropy decile", delta_d="mean |delta| by entropy decile, nats")
+
+def load_runs(folders):
+    """-> {label: config}, tables of all steps and of all results. A label is the method and whatever differs between
+    the runs but the seed, so that several seeds are one setting; they come in the order of TOKEN_WEIGHT."""
+    from pandas import DataFrame
+
+    def read(folder):
+        config = {**vars(Config()), **json.loads((folder / "config.json").read_text())["config"]}
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return config, metrics, json.loads(file.read_text()) if (file := folder / "results.json").exists() else []
+
+    runs = sorted(map(read, folders), key=lambda run: [*TOKEN_WEIGHT, run[0]["method"]].index(run[0]["method"]))
+    names = [name for name in vars(Config()) if name not in ("method", "seed", "out", "resume")]
+    differs = {name for name in names if len({str(config[name]) for config, _, _ in runs}) > 1}
+    configs, steps, results = {}, [], []
+    for config, metrics, table in runs:
+        shown = differs - {"gamma", "window"} if config["method"] in UNGATED else differs | {"gamma", "window"}
+        shown = [f"{name} {Path(str(config[name])).name}" for name in names if name in shown]
+        label = ", ".join([config["method"], *shown])
+        configs.setdefault(label, config)
+        steps += [{"label": label, **metric} for metric in metrics]
+        if len(table) == 2:  # before and after: a toy
+            baseline, after = ({**row, "seed": config["seed"]} for row in table)
+            results += [each for each in [{"label": "baseline", **baseline}] if each not in results]
+            results.append({"label": label, **after, "gain": after["avg@K"] - baseline["avg@K"],
+                            "gamma": config["gamma"], "window": config["window"]})
+    return configs, DataFrame(steps), DataFrame(results, columns=[
+        "label", "seed", "gamma", "window", "avg@K", "gain", "length", "eff"])
 
 def write_report(file, folders):
-    """report.png: a panel a figure, a line a setting. Deciles and regimes are means over the steps."""
+    """report.png: a panel a figure, a line a setting, the mean over its seeds, in bold that of the last ten steps;
+    deciles and regimes are means over the steps."""
     from matplotlib.figure import Figure
-    grouped, figure = load_runs(folders), Figure((13, 10))
-    figure.subplots_adjust(0.05, 0.06, 0.98, 0.92, wspace=0.2, hspace=0.35)  # a layout engine takes a second
-    axes = dict(zip([*CURVES, "omega_d", "delta_d", "restored", "results"], figure.subplots(3, 3).flat))
+    configs, steps, results = load_runs(folders)
+    figure, columns = Figure((13, 10)), max(1, 160 // (10 + max(map(len, configs))))  # of the legend
+    top = 0.94 - 0.023 * math.ceil(len(configs) / columns)
+    figure.subplots_adjust(0.05, 0.06, 0.98, top, wspace=0.2, hspace=0.35)  # a layout engine takes a second
+    axes = dict(zip([*CURVES, *DECILES, "restored", "results"], figure.subplots(3, 3).flat))
+    style = dict(legend=False, color=[COLOURS.get(config["method"], "C3") for config in configs.values()])
+    dashes = [("-", "--", ":", "-.")[i % 4] for i in range(len(configs))]
     for name, title in CURVES.items():
-        axes[name].set(title=title, xlabel="step", yscale="log" if "gap" in name else "linear")
-    for name, title in ("omega_d", "mean gate by entropy decile"), ("delta_d", "mean |delta| by entropy decile, nats"):
-        axes[name].set(title=title, xlabel="decile of the teacher's entropy", xticks=range(1, 11))
+        curves = steps.reindex(columns=["step", "label", name]).groupby(["step", "label"]).mean()[name].unstack()
+        curves[[*configs]].plot(ax=axes[name], alpha=0.25, linewidth=1, **style)
+        curves[[*configs]].rolling(10, min_periods=1).mean().plot(
+            ax=axes[name], title=title, logy="gap" in name, style=dashes, **style)
+    means = steps.groupby("label").mean().loc[[*configs]]
+    for name, title in DECILES.items():
+        deciles = means.reindex(columns=[f"{name}{k}" for k in range(1, 11)]).set_axis(range(1, 11), axis=1).T
+        deciles.plot(ax=axes[name], title=title, xlabel="decile of the teacher's entropy", xticks=deciles.index,
+                     style=dashes, **style)
+    restored = means.reindex(columns=[f"restored_{name}" for name in REGIMES]).set_axis(REGIMES, axis=1).T
+    restored.plot.bar(ax=axes["restored"], title="gate restored by the lookahead", rot=0, **style)
     axes["omega_d"].set(ylim=(0, 1.05))
-    axes["restored"].set(title="gate restored by the lookahead", xticks=range(4), xticklabels=REGIMES, xlim=(-0.5, 3.5))
-    for norm in {runs[0][0]["max_grad_norm"] for runs in grouped.values()}:
+    for norm in {config["max_grad_norm"] for config in configs.values()}:
         axes["grad_norm"].axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
-    dashes = itertools.cycle(("-", "--", ":", "-."))
-    for place, (label, runs) in enumerate(grouped.items()):
-        draw_runs(axes, runs, dict(color=COLOURS.get(runs[0][0]["method"], "C3"), linestyle=next(dashes), label=label),
-                  place, len(grouped))
-    draw_results(axes["results"], figure, grouped)
+    draw_results(axes["results"], results)
     for axis in axes.values():
         axis.grid(alpha=0.3)
-    figure.legend(*axes["reward"].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
+    handles = axes["reward"].get_lines()[-len(configs):]
+    figure.legend(handles, configs, loc="upper center", ncols=columns, frameon=False)
     figure.savefig(file, dpi=90)
 
-def draw_runs(axes, runs, style, place, places):
-    """One setting's lines and bars: the mean over its seeds, above it the mean of the last ten steps."""
-    logged = [m for _, metrics, _ in runs for m in metrics]
-    for name in CURVES:
-        steps, values = mean_by((m["step"], m[name]) for m in logged if name in m)
-        axes[name].plot(steps, values, color=style["color"], alpha=0.25, linewidth=1)
-        axes[name].plot(steps, [statistics.fmean(values[max(0, i - 9):i + 1]) for i in range(len(values))], **style)
-    for name in ("omega_d", "delta_d"):
-        deciles = ((k, m[f"{name}{k}"]) for m in logged for k in range(1, 11) if f"{name}{k}" in m)
-        axes[name].plot(*mean_by(deciles), **style)
-    regimes, values = mean_by((k, m[f"restored_{name}"]) for m in logged for k, name in enumerate(REGIMES)
-                              if f"restored_{name}" in m)
-    axes["restored"].bar([k + 0.8 * ((place + 0.5) / places - 0.5) for k in regimes], values, 0.8 / places,
-                         color=style["color"])
+def is_grid(results):
+    """Do gamma and window both vary, and nothing else but the seed?"""
+    after = results.dropna(subset="gain")
+    pairs = after[["gamma", "window"]]
+    return pairs.nunique().min() > 1 and after["label"].nunique() == len(pairs.drop_duplicates())
 
-def draw_results(axis, figure, grouped):
+def draw_results(axis, results):
     """Accuracy against length (Figure 1), in grey before the training; for a grid of gammas and windows the heat map
     (Figure A2). Bars are standard deviations over seeds."""
-    tables = {label: [table for _, _, table in runs if len(table) == 2] for label, runs in grouped.items()}
-    tables = {label: each for label, each in tables.items() if each}
-    configs = {label: runs[0][0] for label, runs in grouped.items()}
-    gammas, windows = (sorted({configs[label][name] for label in tables}) for name in ("gamma", "window"))
-    if len(gammas) > 1 and len(windows) > 1 and {configs[label]["method"] for label in tables} == {"egrsd"}:
-        grid = torch.full((len(gammas), len(windows)), math.nan)
-        for label, each in tables.items():
-            value = statistics.fmean(table[1]["avg@K"] for table in each)
-            i, j = gammas.index(configs[label]["gamma"]), windows.index(configs[label]["window"])
-            grid[i, j] = value
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center")
-        figure.colorbar(axis.imshow(grid.tolist(), cmap="Blues", alpha=0.6))
-        axis.set(title="held-out avg@K, %", xlabel="window W, tokens", ylabel="gamma", xticks=range(len(windows)),
-                 yticks=range(len(gammas)), xticklabels=windows, yticklabels=gammas)
+    if is_grid(results):
+        grid = results.pivot_table("avg@K", "gamma", "window")
+        axis.imshow(grid, cmap="Blues", alpha=0.6)
+        for i, j in itertools.product(*map(range, grid.shape)):
+            axis.text(j, i, f"{grid.iloc[i, j]:.1f}", ha="center", va="center")
+        axis.set(title="held-out avg@K, %", xlabel="window W, tokens", xticks=range(grid.shape[1]),
+                 ylabel="gamma", yticks=range(grid.shape[0]), yticklabels=grid.index,
+                 xticklabels=grid.columns.map("{:g}".format))
         return
     axis.set(title="held-out avg@K, %, and length", xlabel="mean length, tokens")
     axis.margins(0.4, 0.2)  # room for the labels
-    points = [("baseline", "0.5", [table[0] for each in tables.values() for table in each])]
-    points += [(label, COLOURS.get(configs[label]["method"], "C3"), [table[1] for table in each])
-               for label, each in tables.items()]
-    for label, colour, rows in points:
-        values = [[row[name] for row in rows] for name in ("length", "avg@K")]
-        if rows:
-            (x, y), bars = map(statistics.fmean, values), [statistics.stdev(each) if rows[1:] else 0 for each in values]
-            axis.errorbar(x, y, bars[1], bars[0], "o", color=colour)
-            axis.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    for label, rows in results.groupby("label")[["length", "avg@K"]]:
+        (x, y), (dx, dy) = rows.mean(), rows.std().fillna(0)
+        axis.errorbar(x, y, dy, dx, "o", color=COLOURS.get(label.split(",")[0], "C3"))
+        axis.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+
+def results_table(results):
+    """Markdown: a row a setting, mean ± standard deviation over seeds, in the order of Table 2/5; the gamma x W grid
+    of Table 4/A3 instead where both vary; nothing without results."""
+    def cell(values):
+        return "" if values.isna().any() else f"{values.mean():.1f}" + f" ± {values.std():.1f}" * (len(values) > 1)
+
+    if is_grid(results):
+        table = results.groupby(["gamma", "window"])["avg@K"].agg(cell).unstack().rename(columns="W = {:g}".format)
+    else:
+        table = results.groupby("label", sort=False)[["avg@K", "gain", "length", "eff"]].agg(cell)
+    header = [["gamma" if is_grid(results) else "method", *table.columns], ["---"] * (1 + len(table.columns))]
+    rows = [*header, *([f"{name}", *row] for name, row in zip(table.index, table.values))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows if len(table))
 
 # A trace page: one JSON block, drawn by the page itself; it may neither load nor send anything.
 PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
@@ -1422,7 +1416,6 @@ def pretrain_toy(folder, seed):
 
 # ================================================= 15. The laboratory =================================================
 
-UNGATED = ("sft", "grpo", "rlsd", "opsd", "crisp", "dasd")  # gamma and window change nothing there
 LAB_LISTS = ("method", "teacher", "gamma", "window", "seed")
 
 def laboratory(argv):
@@ -1432,88 +1425,55 @@ def laboratory(argv):
     require(given.get("toy") and not {"data", "resume", "eval", "adapter", "report"} & set(given),
             "--lab: needs --toy, and no --data, --resume, --eval, --adapter or --report")
     require(WORLD == 1, "--lab: starts its runs itself; without torchrun")
-    lists = [given.pop(name, str(getattr(Config, name))).split(",") for name in LAB_LISTS]
+    lists = {name: given.pop(name, str(getattr(Config, name))).split(",") for name in LAB_LISTS}
     out = Path(given.pop("out", "") or f"out/lab-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    runs = {}  # (method, teacher, gamma, window, seed): flags
-    for method, teacher, gamma, window, seed in itertools.product(*lists):
-        if method in UNGATED:
-            gamma, window = lists[2][0], lists[3][0]
-        key = method, "frozen" if method in ("sft", "grpo") else teacher, gamma, window, seed
-        flags = {"model": str(out / "model"), **given, **dict(zip(LAB_LISTS, key)), "out": out / "-".join(key)}
-        flags = [f"--{name}" + f"={value}" * (value is not True) for name, value in flags.items()
-                 if name != "lab" and value is not False]
-        validate(configure(parse_flags(flags)))  # a mistake shows now, not hours later
-        runs[key] = flags
+    runs = {}  # folder: flags
+    for values in itertools.product(*lists.values()):
+        flags = dict(zip(LAB_LISTS, values))
+        if flags["method"] in UNGATED:
+            flags.update(gamma=lists["gamma"][0], window=lists["window"][0])
+        if flags["method"] in ("sft", "grpo"):
+            flags["teacher"] = "frozen"
+        folder = out / "-".join(flags.values())
+        flags = {"model": out / "model", **given, **flags, "out": folder}
+        runs[folder] = [f"--{name}" + f"={value}" * (value is not True) for name, value in flags.items()
+                        if name != "lab" and value is not False]
+        validate(configure(parse_flags(runs[folder])))  # a mistake shows now, not hours later
     file = out / "lab.json"
     stored = json.loads(file.read_text()) if file.exists() else given
     require(stored == given, f"--out {out}: its runs have other settings ({stored})")
     write_json(file, given)
     print(f"lab        {out}, {len(runs)} runs", flush=True)
     if "model" not in given and not (out / "model").exists():
-        pretrain_toy(out / "model", int(lists[4][0]))
-    folders = {key: out / "-".join(key) for key in runs}
-    run_all({folders[key]: flags for key, flags in runs.items()})
-    table = lab_table(lists, {key: lab_rows(folder) for key, folder in folders.items()})
+        pretrain_toy(out / "model", int(lists["seed"][0]))
+    run_all({folder: flags for folder, flags in runs.items() if not (folder / "results.json").exists()})
+    table = results_table(load_runs(runs)[2])
     (out / "table.md").write_text(table)
     print(f"\n{table}\n{out / 'table.md'}")
-    draw_if_possible(write_report, out / "report.png", list(folders.values()))
-
-def lab_rows(folder):
-    """The rows `before` and `after` of a finished run, else none."""
-    file = folder / "results.json"
-    return json.loads(file.read_text()) if file.exists() else []
+    draw_if_possible(write_report, out / "report.png", runs)
 
 def run_all(runs):
-    """Starts the unfinished ones of {folder: flags}, a process for each core at a time, and waits for them."""
+    """Runs {folder: flags} to their end, a process for each core at a time; whatever ends it ends them."""
+    from concurrent.futures import ThreadPoolExecutor
     from tqdm import tqdm
-    waiting, running = [folder for folder in runs if not lab_rows(folder)], {}
-    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None)
+    children = []
+
+    def run(folder):
+        flags = ["--resume", folder] if (folder / "config.json").exists() else runs[folder]
+        with open(f"{folder}.log", "a") as log:
+            child = subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log)
+        children.append(child)
+        require(child.wait() == 0, f"{folder}.log: this run failed, see there")
+
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        while waiting or running:
-            while waiting and len(running) < os.cpu_count():
-                folder = waiting.pop(0)
-                flags = ["--resume", str(folder)] if (folder / "config.json").exists() else runs[folder]
-                with open(f"{folder}.log", "a") as log:
-                    running[folder] = subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log)
-            time.sleep(0.2)
-            for folder in [folder for folder, child in running.items() if child.poll() is not None]:
-                require(running.pop(folder).returncode == 0 and lab_rows(folder),
-                        f"{folder}.log: this run failed, see there")
-                bar.update()
+        list(tqdm(pool.map(run, runs), total=len(runs), unit="run", disable=None))
     finally:
-        for child in running.values():
-            child.terminate()
-        for child in running.values():  # each saves its last complete step
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.terminate()  # each saves its last complete step
+        for child in children:
             child.wait()
-        bar.close()
-
-def lab_table(lists, results):
-    """Markdown: a row a setting, accuracy and length as mean and standard deviation over seeds, in the order of Table
-    2/5; the gamma x W grid of Table 4/A3 instead where both vary. results: {key: [before, after]}."""
-    def cell(rows, name):
-        spread = f" ± {statistics.stdev(row[name] for row in rows):.1f}" if len(rows) > 1 else ""
-        return f"{statistics.fmean(row[name] for row in rows):.1f}{spread}"
-
-    groups = {("baseline",): [rows[0] for key, rows in results.items() if key[:4] == next(iter(results))[:4]]}
-    for key in sorted(results, key=lambda key: list(TOKEN_WEIGHT).index(key[0])):
-        before, after = results[key]
-        groups.setdefault(key[:4], []).append({**after, "gain": after["avg@K"] - before["avg@K"]})
-    methods, teachers, gammas, windows, _ = lists
-    if methods == ["egrsd"] and len(teachers) == 1 and len(gammas) > 1 and len(windows) > 1:
-        rows = [["gamma", *(f"W = {window}" for window in windows)]]
-        rows += [[gamma, *(cell(groups["egrsd", teachers[0], gamma, window], "avg@K") for window in windows)]
-                 for gamma in gammas]
-    else:
-        rows = [["method", "accuracy %", "gain", "length", "eff"]]
-        for (method, *rest), each in groups.items():
-            label = [f"{name} {value}" for name, value, values in zip(LAB_LISTS[1:], rest, lists[1:])
-                     if len(values) > 1 and (method not in UNGATED or name == "teacher")]
-            accuracy, length = (statistics.fmean(row[name] for row in each) for name in ("avg@K", "length"))
-            rows.append([" ".join([method, *label]), cell(each, "avg@K"),
-                         cell(each, "gain") if "gain" in each[0] else "", cell(each, "length"),
-                         f"{accuracy / (length / 1000):.0f}"])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 # ====================================================== 16. main ======================================================
 

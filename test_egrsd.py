@@ -679,22 +679,29 @@ def test_sft_trains_on_the_reference_solution_and_logs_nothing_it_has_not_measur
     assert metrics[0]["tokens"] == sum(len(row["completion_ids"]) for row in rows if row["step"] == 1)
 
 
-def test_the_laboratory_s_table_holds_mean_spread_and_ratio_in_the_papers_order_or_the_grid():
-    def row(accuracy, length):
-        return {"avg@K": accuracy, "length": length}
+def finished(folder, before, after, **config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(config=config)))
+    (folder / "metrics.jsonl").write_text("")
+    rows = [{"avg@K": accuracy, "length": length, "eff": accuracy / (length / 1000)} for accuracy, length in (before, after)]
+    (folder / "results.json").write_text(json.dumps(rows))
+    return folder
 
-    before = row(20.0, 80.0)
-    results = {("egrsd", "frozen", "0.3", "5", "1"): [before, row(60.0, 50.0)], ("egrsd", "frozen", "0.3", "5", "0"): [before, row(50.0, 40.0)],
-               ("grpo", "frozen", "0.3", "0", "0"): [before, row(30.0, 60.0)], ("egrsd", "frozen", "0.3", "0", "0"): [before, row(40.0, 50.0)]}
-    lines = egrsd.lab_table([["egrsd", "grpo"], ["frozen"], ["0.3"], ["0", "5"], ["0", "1"]], results).splitlines()
-    assert lines[0] == "| method | accuracy % | gain | length | eff |"
-    assert lines[2:] == ["| baseline | 20.0 ± 0.0 |  | 80.0 ± 0.0 | 250 |", "| grpo | 30.0 | 10.0 | 60.0 | 500 |",
-                         "| egrsd window 5 | 55.0 ± 7.1 | 35.0 ± 7.1 | 45.0 ± 7.1 | 1222 |",
-                         "| egrsd window 0 | 40.0 | 20.0 | 50.0 | 800 |"]
-    grid = {("egrsd", "frozen", gamma, window, "0"): [before, row(float(gamma) * 10 + int(window), 50.0)]
-            for gamma in ("0.3", "1") for window in ("0", "5")}
-    lines = egrsd.lab_table([["egrsd"], ["frozen"], ["0.3", "1"], ["0", "5"], ["0"]], grid).splitlines()
-    assert lines == ["| gamma | W = 0 | W = 5 |", "| --- | --- | --- |", "| 0.3 | 3.0 | 8.0 |", "| 1 | 10.0 | 15.0 |"]
+
+def test_the_table_of_several_runs_holds_mean_and_spread_in_the_papers_order_or_the_grid(tmp_path):
+    runs = [dict(method="egrsd", window=5, seed=1), dict(method="egrsd", window=5), dict(method="grpo"), dict(method="egrsd")]
+    after = [(60.0, 50.0), (50.0, 40.0), (30.0, 60.0), (40.0, 50.0)]
+    folders = [finished(tmp_path / f"{k}", (20.0 + 10 * run.get("seed", 0), 80.0), each, **run) for k, (run, each) in enumerate(zip(runs, after))]
+    lines = egrsd.results_table(egrsd.load_runs(folders)[2]).splitlines()
+    assert lines == ["| method | avg@K | gain | length | eff |", "| --- | --- | --- | --- | --- |",
+                     "| baseline | 25.0 ± 7.1 |  | 80.0 ± 0.0 | 312.5 ± 88.4 |", "| grpo | 30.0 | 10.0 | 60.0 | 500.0 |",
+                     "| egrsd, gamma 0.3, window 5 | 55.0 ± 7.1 | 30.0 ± 0.0 | 45.0 ± 7.1 | 1225.0 ± 35.4 |",
+                     "| egrsd, gamma 0.3, window 0 | 40.0 | 20.0 | 50.0 | 800.0 |"]
+    folders = [finished(tmp_path / f"{gamma} {window}", (20.0, 80.0), (gamma * 10 + window, 50.0), gamma=gamma, window=window, method="egrsd")
+               for gamma in (0.3, 1.0) for window in (0, 5)]
+    lines = egrsd.results_table(egrsd.load_runs(folders)[2]).splitlines()
+    assert lines == ["| gamma | W = 0 | W = 5 |", "| --- | --- | --- |", "| 0.3 | 3.0 | 8.0 |", "| 1.0 | 10.0 | 15.0 |"]
+    assert egrsd.results_table(egrsd.load_runs([])[2]) == ""
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Olmo3"])
@@ -1319,7 +1326,7 @@ def test_the_table_is_what_the_lines_say(evaluated):
         for row in mine:
             right.setdefault(row["problem_id"], []).append(row["correct"])
         k = 10 if name == "aime24" else 2
-        assert all(len(verdicts) == k for verdicts in right.values()) and table[name]["K"] == k
+        assert all(len(verdicts) == k for verdicts in right.values())
         n, means = len(right), [sum(verdicts) / k for verdicts in right.values()]
         mean = sum(means) / n
         accuracies.append(100 * mean)
@@ -1329,14 +1336,14 @@ def test_the_table_is_what_the_lines_say(evaluated):
         error = 100 * math.sqrt(sum((x - mean) ** 2 for x in means) / (n - 1) / n) if n > 1 else 0
         assert table[name]["se"] == pytest.approx(error)
         assert table[name]["eff"] == pytest.approx(1000 * accuracies[-1] / lengths[-1])
-        assert f"{name:24} {100 * mean:7.2f}% {error:7.2f}" in printed
+        assert [name, f"{100 * mean:.2f}", f"{error:.2f}"] in [line.split()[:3] for line in printed.splitlines()]
     assert 10 < sum(accuracies) / 6 < 60 and len({round(x, 3) for x in accuracies}) > 1
     average = table["Avg."]
     assert average["avg@K"] == pytest.approx(sum(accuracies) / 6) and average["length"] == pytest.approx(sum(lengths) / 6)
     assert average["eff"] == pytest.approx(sum(accuracies) / (sum(lengths) / 1000))
     assert average["se"] == pytest.approx(math.sqrt(sum(table[name]["se"] ** 2 for name in LAYOUTS)) / 6)
     assert printed.splitlines()[-1].split() == ["base", *(f"{x:.2f}" for x in (*accuracies, sum(accuracies) / 6)),
-                                                f"{sum(lengths) / 6:.0f}", f"{average['eff']:.2f}"]
+                                                f"{sum(lengths) / 6:.2f}", f"{average['eff']:.2f}"]
     assert {row["finish"] for row in rows} == {"stop", "length"}
     assert all((row["finish"] == "length") <= (row["tokens"] == 16) for row in rows)
 
@@ -1378,9 +1385,10 @@ def test_report_pairs_two_evaluations_by_problem(tmp_path, capsys):
     a, b = (50 + 0 + 0) / 3, (0 - 50) / 2
     error_a = math.sqrt(((50 - a) ** 2 + a ** 2 * 2) / 2 / 3)
     error_b = math.sqrt((b ** 2 + (-50 - b) ** 2) / 1 / 2)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert lines == [["a", f"{a:+.2f}", "+-", f"{error_a:.2f}", "3", "problems"], ["b", f"{b:+.2f}", "+-", f"{error_b:.2f}", "2", "problems"],
-                     ["Avg.", f"{(a + b) / 2:+.2f}", "+-", f"{math.hypot(error_a, error_b) / 2:.2f}", "5", "problems"]]
+    title, _, *lines = capsys.readouterr().out.splitlines()[1:]
+    assert title.endswith("trained minus " + str(tmp_path / "base") + ", points, 5 problems in pairs")
+    assert [line.split() for line in lines] == [["a", f"{a:.2f}", f"{error_a:.2f}"], ["b", f"{b:.2f}", f"{error_b:.2f}"],
+                                                ["Avg.", f"{(a + b) / 2:.2f}", f"{math.hypot(error_a, error_b) / 2:.2f}"]]
     (tmp_path / "base" / "settings.json").write_text(json.dumps(dict(problems=dict(a="3", b="4"))))
     with pytest.raises(egrsd.UserError, match="no problems in common"):
         egrsd.compare([tmp_path / "base", tmp_path / "trained"])
@@ -1503,17 +1511,18 @@ def test_report_draws_several_runs_and_a_grid(many, tmp_path):
     folders = [many / "one" / name for name in ("egrsd", "grpo", "sft", "ema", "copy_2")]
     egrsd.report(egrsd.Config(report=folders, out=str(tmp_path / "all")))
     assert (tmp_path / "all" / "report.png").read_bytes().startswith(b"\x89PNG")
-    labels = list(egrsd.load_runs(folders))
-    assert labels[0].startswith("egrsd, gamma 0.8, window 2, ") and labels[1].startswith("grpo, ") and len(labels) == 5
-    twice = egrsd.load_runs([many / "one" / "egrsd", many / "cut" / "egrsd"])  # as two seeds of one setting
-    assert list(map(len, twice.values())) == [2]
+    labels = list(egrsd.load_runs(folders)[0])
+    assert [label.split(",")[0] for label in labels] == ["sft", "grpo", "egrsd", "egrsd", "egrsd"]
+    assert labels[2].startswith("egrsd, gamma 0.8, window 2, ")
+    configs, steps, _ = egrsd.load_runs([many / "one" / "egrsd", many / "cut" / "egrsd"])  # as two seeds of one setting
+    assert len(configs) == 1 and len(steps) == 2 * steps["step"].nunique()
     for gamma in (0.3, 1.0):
         for window in (0, 5):
             folder = tmp_path / f"{gamma}-{window}"
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(dict(config=dict(gamma=gamma, window=window, method="egrsd"))))
             (folder / "metrics.jsonl").write_text((many / "one" / "egrsd" / "metrics.jsonl").read_text())
-            (folder / "results.json").write_text(json.dumps([{"avg@K": 10.0, "length": 9.0}, {"avg@K": 20.0 + window, "length": 8.0}]))
+            (folder / "results.json").write_text(json.dumps([{"avg@K": 10.0, "length": 9.0, "eff": 1}, {"avg@K": 20.0 + window, "length": 8.0, "eff": 1}]))
     from matplotlib.axes import Axes
     texts, real = [], Axes.text
     with pytest.MonkeyPatch.context() as patch:
@@ -1672,7 +1681,7 @@ def test_the_laboratory_runs_what_is_missing_and_draws_a_table(tmp_path, monkeyp
     done = launched(*flags)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "lab" / "table.md").read_text()
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["baseline", "grpo", "egrsd window 0", "egrsd window 2"]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["baseline", "grpo", "egrsd, gamma 0.3, window 0", "egrsd, gamma 0.3, window 2"]
     assert table in done.stdout and (tmp_path / "lab" / "report.png").exists()
     lost, kept = tmp_path / "lab" / "grpo-frozen-0.3-0-0", tmp_path / "lab" / "egrsd-frozen-0.3-2-0" / "metrics.jsonl"
     shutil.rmtree(lost)

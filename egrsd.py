@@ -252,9 +252,11 @@ TRANSITION = "Understand the reference solution above, then set it aside and sol
 CONCISE = "Be concise and correct: take only the steps that are needed."  # what CRISP's teacher is told
 
 def student_prompt(row):
+    """Data row -> the student's user turn."""
     return f"{row['problem']}\n\n{INSTRUCTION}"
 
 def teacher_prompt(row, method=""):
+    """Data row -> the teacher's user turn: with the reference solution; for crisp with an instruction instead."""
     # D6: the paper's "two-turn template" is this user turn and the rollout as assistant turn
     reference = f"{REFERENCE_BEGIN}\n{row['solution']}\n{REFERENCE_END}\n\n{TRANSITION}"
     return f"{row['problem']}\n\n{CONCISE if method == 'crisp' else reference}\n\n{INSTRUCTION}"
@@ -277,7 +279,7 @@ def draw(problems, tokenizer, cfg, state, count):
     while len(drawn) < count:
         require(misses < len(problems), f"--max_length {cfg.max_length}: too short for every problem in the data")
         epoch, place = divmod(state["position"], len(problems))
-        generator = torch.Generator().manual_seed(rollout_seed(cfg.seed, epoch, 0))
+        generator = torch.Generator().manual_seed(rollout_seed(cfg.seed, epoch, 0))  # section 6; any hash would do
         row = problems[torch.randperm(len(problems), generator=generator)[place]]
         turns = student_prompt(row), teacher_prompt(row, cfg.method)
         student, teacher = (encode(tokenizer, turn, cfg.thinking) for turn in turns)
@@ -291,7 +293,8 @@ def draw(problems, tokenizer, cfg, state, count):
 # ===================================================== 4. Grading =====================================================
 
 def grade(completion, gold):
-    """Is the last boxed answer of the completion the gold answer? Never raises; a hostile one costs 1 s, is wrong."""
+    """Is the last boxed answer of the completion the gold answer? Equal as texts, as plain numbers, or to math-verify
+    (section 11 has all three). Never raises; a hostile answer costs about a second and is wrong."""
     answer, gold = ((text or "").strip(" \t\n$") for text in (last_boxed(completion), gold))
     if not answer or not gold or answer == gold:
         return bool(answer and gold)
@@ -333,9 +336,6 @@ def adapter(model, which):
     """{parameter name without the adapter's: parameter} of the model's LoRA adapter "default" or "teacher"."""
     return {name.replace(f".{which}.", "."): p for name, p in model.named_parameters() if f".{which}." in name}
 
-def head_of(model):
-    return model.get_output_embeddings().weight.detach()  # (V, d), frozen, never adapted
-
 def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -351,9 +351,10 @@ def completion_hidden(model, prompts, completions):
     return torch.cat([states[len(prompt) - 1:len(row) - 1] for states, prompt, row in zip(hidden, prompts, rows)])
 
 def scored(model, rollouts, prompt, tokens_per_pass, divergence=None):
-    """Yields (values, details) of each pass: values (sum T_i,) carry the gradient, details yields (rollout, hidden
-    (T_i, d), log p (T_i,), entropy (T_i,)), detached; prompt names the field in front of the completion. Longest
-    first, so that little is padding; a pass holds at most tokens_per_pass tokens but always one rollout."""
+    """Forward passes over rollouts, each completion behind its `prompt`, "prompt_ids" or "teacher_ids". Yields for each
+    pass value (sum of T_i,), the one tensor with a gradient, and of each of its rollouts (rollout, hidden (T_i, d),
+    log p (T_i,), entropy (T_i,)). Longest first, so that little is padding; at most tokens_per_pass tokens a pass, but
+    always one rollout."""
     def size(r):
         return len(getattr(r, prompt)) + len(r.completion_ids)
 
@@ -367,7 +368,8 @@ def scored(model, rollouts, prompt, tokens_per_pass, divergence=None):
         hidden = completion_hidden(model.get_base_model(), [getattr(r, prompt) for r in group], completions)
         targets = torch.tensor(sum(map(list, completions), []), device=hidden.device)
         teacher_hidden = torch.cat([r.teacher_hidden for r in group]) if divergence else None
-        value, *details = head_terms(hidden, head_of(model), targets, teacher_hidden, divergence)
+        head = model.get_output_embeddings().weight.detach()  # (V, d), frozen, never adapted
+        value, *details = head_terms(hidden, head, targets, teacher_hidden, divergence)
         lengths = list(map(len, completions))
         yield value, zip(group, *(each.split(lengths) for each in (hidden.detach(), *details)))
 
@@ -423,15 +425,16 @@ class HfEngine:
     """transformers `generate` in the trainer's process: runs anywhere, slow on big models. VllmEngine, section 10, is
     the one for a GPU and has the same methods."""
     def __init__(self, model, ends):
-        self.model, self.given, self.ends = model, model, ends
+        self.base, self.model, self.ends = model, model, ends  # model: what it samples from
 
     @torch.no_grad()
     def sync(self, model, step):
-        """In float32 it samples from a merged copy, a third faster; the trainer's own weights are never merged into."""
+        """Samples from now on with the model's adapter (step is for vLLM). In float32 by a merged copy, a third faster;
+        the trainer's own weights are never merged into."""
         if model.dtype != torch.float32:
             self.model = model
             return
-        if self.model is self.given:
+        if self.model is self.base:
             self.model = copy.deepcopy(model).unload()
         for name, layer in model.get_base_model().named_modules():
             if hasattr(layer, "get_delta_weight"):
@@ -440,7 +443,7 @@ class HfEngine:
     def use(self, folder, number):
         """Samples from now on with the adapter in the folder, on the base model given at the start."""
         from peft import PeftModel
-        model = PeftModel.from_pretrained(copy.deepcopy(self.given), folder)
+        model = PeftModel.from_pretrained(copy.deepcopy(self.base), folder)
         self.sync(model.eval(), number)
 
     @torch.no_grad()
@@ -546,8 +549,8 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             finite = all(map(math.isfinite, (loss, grad_norm, max_entropy)))  # all three sums or maxima over all ranks
             if finite:
                 optimizer.step()
-                follow(model, dict(frozen=0.0, ema=1 - cfg.teacher_decay,
-                                   copy=float(step % cfg.teacher_every == 0))[cfg.teacher])
+            way = dict(frozen=0.0, ema=1 - cfg.teacher_decay, copy=float(step % cfg.teacher_every == 0))
+            follow(model, way[cfg.teacher])
             in_a_row = 0 if finite else state["skipped_in_a_row"] + 1
             state.update(cursor, step=step, skipped=state["skipped"] + (not finite), skipped_in_a_row=in_a_row)
             clock.lap("update_s")
@@ -648,22 +651,19 @@ def save_snapshot(folder, model, optimizer, stats, state, logs):
     except Exception as error:  # of a full disk each library makes something else
         raise OSError(f"{final} cannot be saved; is the disk full? ({one_line(error)})") from error
 
-def load_snapshot(snapshot, model):
-    """Puts the adapter of a step_N folder into the model and returns the trainer state."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-    set_peft_model_state_dict(model, load_peft_weights(snapshot, device=str(model.device)))
-    return torch.load(snapshot / "trainer.pt", map_location="cpu", weights_only=True)
-
 def restore(folder, model, optimizer, stats):
     """Puts model, optimizer and stats where the newest snapshot of a run left them -> trainer state, open logs."""
+    from peft import load_peft_weights, set_peft_model_state_dict
     state = dict(step=0, position=0, too_long=0, skipped=0, skipped_in_a_row=0, base=fingerprint(model), log_sizes={})
     for snapshot in snapshots(folder)[-1:]:
-        stored, teacher = load_snapshot(snapshot, model), adapter(model, "teacher")
+        set_peft_model_state_dict(model, load_peft_weights(snapshot, device=str(model.device)))
+        stored = torch.load(snapshot / "trainer.pt", map_location="cpu", weights_only=True)
         require(stored["base"] == state["base"], f"{model.name_or_path}: not the base that {snapshot} was trained on")
         optimizer.load_state_dict(stored.pop("optimizer"))
         stats.load_state_dict(stored.pop("welford"))
-        for name, weight in stored.pop("teacher", {}).items():
-            teacher[name].data.copy_(weight)
+        teacher = stored.pop("teacher")
+        for name, weight in adapter(model, "teacher").items():
+            weight.data.copy_(teacher[name])
         state.update(stored)
     logs = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "rollouts") if RANK == 0}
     for name, log in logs.items():
@@ -672,10 +672,12 @@ def restore(folder, model, optimizer, stats):
 
 # ============================================ 9. Log, terminal and signals ============================================
 
-def to_send(rollout):  # tensors as numpy: pickling one takes 0.1 ms
+def to_send(rollout):
+    """A copy with numpy arrays instead of tensors, whose pickling takes 0.1 ms each."""
     return Rollout(**{name: x.cpu().numpy() if torch.is_tensor(x) else x for name, x in vars(rollout).items()})
 
 def as_row(rollout):
+    """The line of a Rollout in rollouts.jsonl."""
     names = "index problem gold prompt_ids teacher_ids completion_ids completion correct reward advantage".split()
     names = names if rollout.sampler_logp is not None else names[:-3]  # sft has no verdict
     return {name: {**rollout.row, **vars(rollout)}[name] for name in names}
@@ -684,8 +686,13 @@ def write_lines(file, rows):
     file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     file.flush()
 
+def read_lines(file):
+    """The rows of a .jsonl of ours; a torn last line is not there."""
+    return [json.loads(line) for line in file.read_bytes().splitlines(True) if line.endswith(b"\n")]
+
 def step_metrics(rollouts, stats, cfg):
-    """The figures of a step over all ranks' rollouts, as in metrics.jsonl: means over rollouts or tokens."""
+    """The figures of a step over all ranks' rollouts, as in metrics.jsonl: means over rollouts or tokens, in the units
+    that the README lists."""
     tokens = sum(len(r.completion_ids) for r in rollouts)
     if cfg.method == "sft":
         return dict(length=tokens / len(rollouts), tokens=tokens)
@@ -733,6 +740,7 @@ class Clock:
         self.laps[name], self.last = now - self.last, now
 
     def report(self, tokens):
+        """All laps in seconds, their sum, tokens per second, and this process's peak memory so far in GiB."""
         step_s, kib = sum(self.laps.values()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else kib / 2**20
         return {**self.laps, "step_s": step_s, "tok/s": tokens / step_s, "peak_gib": gib}
@@ -744,8 +752,8 @@ def terminal(cfg, done, noise):
     if RANK == 0:
         print(f"method     {cfg.method}, gamma {cfg.gamma:g}, window {cfg.window}, lr {cfg.lr:g}, seed {cfg.seed}\n"
               f"batch      {cfg.batch_size} rollouts a step = {WORLD} ranks x {cfg.batch_size // WORLD}; "
-              f"{cfg.batch_size // cfg.rollouts_per_prompt} problems x {cfg.rollouts_per_prompt}; at most "
-              f"{cfg.max_completion_length} tokens each; "
+              f"{cfg.batch_size // cfg.rollouts_per_prompt} problems x {cfg.rollouts_per_prompt}; "
+              + f"at most {cfg.max_completion_length} tokens each; " * (cfg.method != "sft")
               + (f"steps {done + 1} to {cfg.steps}" if done < cfg.steps else f"all {done} steps are done"), flush=True)
 
     columns = dict(step="step {:>4.0f}", reward="reward {:5.3f}", accuracy="right {:5.1f}%", length="length {:6.1f}",
@@ -851,6 +859,7 @@ def start_vllm(cfg, tokenizer, ends, problems):
     return VllmEngine(llm, ends, cfg.tensor_parallel)
 
 # =================================================== 11. The judge ====================================================
+
 BOXED_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 PLAIN_NUMBER = re.compile(r"([-+]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)"
                           r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?([-+]?\d{1,3})\}?)?", re.ASCII)
@@ -931,9 +940,8 @@ EVAL_SAMPLING = dict(temperature=1.0, top_p=0.95, top_k=0)
 EVAL_SETTINGS = ("samples", "seed", "thinking", "max_completion_length")  # one value each in a folder
 
 def stored_samples(folder):
-    """{(benchmark, problem, sample): its line} of an evaluation folder; a torn last line is not there."""
-    lines = [line for file in sorted(folder.glob("rank_*.jsonl")) for line in file.read_bytes().splitlines(True)]
-    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    """{(benchmark, problem, sample): its line} of an evaluation folder."""
+    rows = [row for file in sorted(folder.glob("rank_*.jsonl")) for row in read_lines(file)]
     return {(row["benchmark"], row["problem_id"], row["sample"]): row for row in rows}
 
 def identity(path):
@@ -968,7 +976,7 @@ def begin_evaluation(cfg, benchmarks, folder):
 
 def evaluate(cfg, engine, tokenizer, benchmarks, folder):
     """Answers each problem of {benchmark: problems} K times, each rank its share, a line in folder/rank_R.jsonl as each
-    sample is done; goes on with what is there already -> the rows of results(), on every rank."""
+    sample is done; goes on with what is there already -> the rows of results.json, on every rank."""
     from tqdm import tqdm
     done = begin_evaluation(cfg, benchmarks, folder)
     jobs = [(name, p, k) for name, problems in benchmarks.items() for p in range(len(problems))
@@ -989,7 +997,7 @@ def evaluate(cfg, engine, tokenizer, benchmarks, folder):
             bar.set_postfix_str(f"{100 * right / max(bar.n, 1):.1f} % right")
     gather(None)
     done = stored_samples(folder)
-    return results([done[job] for job in jobs])
+    return summarise([done[job] for job in jobs])
 
 def with_average(table):
     """Below several benchmarks a row Avg.: their means, each weighing the same; for se the error of that mean."""
@@ -997,7 +1005,7 @@ def with_average(table):
         table.loc["Avg."] = {**table.mean(), "se": math.hypot(*table["se"]) / len(table)}
     return table
 
-def results(samples):
+def summarise(samples):
     """The rows of results.json: a benchmark each, in percent and tokens; se is the standard error of avg@K over
     problems, eff the accuracy for 1,000 tokens, in the row Avg. the ratio of the macro means."""
     from pandas import DataFrame
@@ -1012,6 +1020,7 @@ def results(samples):
     return table.rename_axis("name").reset_index().to_dict("records")
 
 def print_table(title, rows):
+    """A list of dicts, or a DataFrame, on the terminal."""
     from pandas import DataFrame
     print(f"\n{title}\n{DataFrame(rows).to_string(index=False, float_format='{:.2f}'.format)}", flush=True)
 
@@ -1079,7 +1088,9 @@ def report(cfg):
         compare(folders)
         return
     for folder in folders:
-        require((folder / "metrics.jsonl").exists(), f"--report {folder}: neither a run nor, like all, an evaluation")
+        steps = folder / "metrics.jsonl"
+        require(steps.is_file() and read_lines(steps), f"--report {folder}: no run, or none with a step, and not, like "
+                "all, an evaluation")
     require(importlib.util.find_spec("matplotlib"), "--report: matplotlib is not installed")
     file = Path(cfg.out or (folders[0] if len(folders) == 1 else "out"), "report.png")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -1100,8 +1111,9 @@ def load_runs(folders):
 
     def read(folder):
         config = {**vars(Config()), **json.loads((folder / "config.json").read_text())["config"]}
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return config, metrics, json.loads(file.read_text()) if (file := folder / "results.json").exists() else []
+        results = folder / "results.json"
+        return (config, read_lines(folder / "metrics.jsonl"),
+                json.loads(results.read_text()) if results.exists() else [])
 
     runs = sorted(map(read, folders), key=lambda run: [*TOKEN_WEIGHT, run[0]["method"]].index(run[0]["method"]))
     names = [name for name in vars(Config()) if name not in ("method", "seed", "out", "resume")]
@@ -1517,19 +1529,20 @@ def validate(cfg):
               ("max_length", cfg.max_length > cfg.max_completion_length, "must be above --max_completion_length"),
               ("eval", all(cfg.eval.split(",")) or not cfg.eval, "has an empty name in it"),
               ("eval", cfg.model or not cfg.eval, "needs --model or --adapter"),
-              ("adapter", cfg.eval or not cfg.adapter, "goes with --eval")]
+              ("adapter", cfg.eval or not cfg.adapter, "goes with --eval"),
+              ("out", not Path(cfg.out).is_file(), "is a file")]
     for name, kept, rule in rules:
         require(kept, f"--{name} {getattr(cfg, name)}: {rule}")
 
 RESUME_MAY_CHANGE = ("steps", "save_every", "engine", "tensor_parallel")
 
-def trained_on(adapter):
+def trained_on(path):
     """What the flags of an evaluation leave to its snapshot, or to the snapshots of its run."""
-    for folder in [*snapshots(adapter), Path(adapter)]:
+    for folder in [*snapshots(path), Path(path)]:
         if (folder / "adapter_model.safetensors").is_file():
             config = json.loads((folder / "adapter_config.json").read_text())
             return dict(model=config["base_model_name_or_path"], lora_rank=config["r"])
-    raise UserError(f"--adapter {adapter}: no snapshot there (no adapter_model.safetensors)")
+    raise UserError(f"--adapter {path}: no snapshot there (no adapter_model.safetensors)")
 
 def configure(given):
     """Flags -> Config: the defaults, over them those of --toy or all of the run to --resume, over them the flags."""
@@ -1625,8 +1638,8 @@ def check_head(model, ids):
     """Raises UserError unless head_terms agrees with the model's own logits on one row of ids."""
     row = Rollout(0, {}, ids[:1], [], ids[1:])
     with torch.no_grad(), model.disable_adapter(), autocast(model.device):
-        (_, each), = scored(model, [row], "prompt_ids", 0)
-        (_, _, ours, _), = each
+        (_, each), = scored(model, [row], "prompt_ids", 0)  # one pass
+        (_, _, ours, _), = each  # over one rollout
         logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
     theirs = -F.cross_entropy(logits.float(), torch.tensor(ids[1:], device=model.device), reduction="none")
     gap = (ours - theirs).abs().mean().item()

@@ -403,7 +403,7 @@ def left_out(request):
 
 needs_vllm = pytest.mark.skipif(egrsd.importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3", "transformers.generation", "peft", "datasets", "matplotlib.figure", "vllm"])
+forks.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3", "transformers.generation", "peft", "pandas.plotting._matplotlib", "datasets", "matplotlib.figure", "vllm"])
 FORKED = """
 import os, runpy, sys
 os.environ.update({env!r})
@@ -1529,7 +1529,7 @@ def test_report_draws_several_runs_and_a_grid(many, tmp_path):
         patch.setattr(Axes, "text", lambda self, x, y, text, *a, **k: texts.append((x, y, text)) or real(self, x, y, text, *a, **k))
         egrsd.write_report(tmp_path / "grid.png", [tmp_path / f"{gamma}-{window}" for gamma in (0.3, 1.0) for window in (0, 5)])
     assert [each for each in texts if each[2] in ("20.0", "25.0")] == [(0, 0, "20.0"), (1, 0, "25.0"), (0, 1, "20.0"), (1, 1, "25.0")]
-    with pytest.raises(egrsd.UserError, match="neither a run"):
+    with pytest.raises(egrsd.UserError, match="no run, or"):
         egrsd.report(egrsd.Config(report=[tmp_path]))
 
 
@@ -1558,7 +1558,7 @@ egrsd.write_trace = write_trace
     ("--method sft --teacher ema", "has no teacher"), ("--teacher_decay 1.1", "not be above 1"), ("--lab", "needs --toy"),
     ("--toy --lab --method egrsd,nope", "nope"), ("--toy --lab --seed 0,x", "--seed"),
     ("--adapter nowhere --eval x", "no snapshot there"), ("--eval aime24,,x", "empty name"), ("--toy --eval x", "needs --model"),
-    ("--eval nothing.jsonl", "nothing.jsonl"), ("--report nowhere", "nowhere: neither a run"), ("--toy --lab --eval x", "no --data")])
+    ("--eval nothing.jsonl", "nothing.jsonl"), ("--report nowhere", "nowhere: no run, or"), ("--toy --lab --eval x", "no --data")])
 def test_a_user_error_is_one_line_and_exit_code_2(flags, message):
     done = run(*flags.split())
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -1969,7 +1969,7 @@ print("DRAWN", json.dumps([(ids, logp.tolist()) for _, ids, logp in drawn]))
 
 @needs_vllm
 def test_a_snapshot_loads_in_plain_peft_and_in_a_fresh_vllm_and_they_agree(whole, tiny, tmp_path):
-    from peft import PeftModel
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM
     (tmp_path / "fresh.py").write_text(FRESH)
     rows = [r for r in read(whole / "rollouts.jsonl")][-4:]
@@ -1978,13 +1978,13 @@ def test_a_snapshot_loads_in_plain_peft_and_in_a_fresh_vllm_and_they_agree(whole
     drawn = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("DRAWN"))[5:])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), whole / "step_12").eval()
     trainer = egrsd.load_model(egrsd.Config(model=str(tiny), lora_rank=4), torch.device("cpu"))
-    egrsd.load_snapshot(whole / "step_12", trainer)
+    set_peft_model_state_dict(trainer, load_peft_weights(whole / "step_12"))
     for r, (completion, from_vllm) in zip(rows, drawn, strict=True):
         ids = torch.tensor([r["prompt_ids"] + completion])
         with torch.no_grad():
             log_p = model(input_ids=ids).logits[0].log_softmax(-1)
             hidden = egrsd.completion_hidden(trainer.get_base_model(), [r["prompt_ids"]], [completion])
-            ours = egrsd.logp_and_entropy(hidden, egrsd.head_of(trainer), torch.tensor(completion))[0]
+            ours = egrsd.logp_and_entropy(hidden, trainer.get_output_embeddings().weight.detach(), torch.tensor(completion))[0]
         start = len(r["prompt_ids"])
         from_peft = torch.stack([log_p[start - 1 + t, token] for t, token in enumerate(completion)])
         assert (from_peft - torch.tensor(from_vllm)).abs().max() < 1e-3

@@ -1394,7 +1394,8 @@ def toy_batch(rng, tokenizer):
 def pretrain_toy(folder, seed):
     """Trains the toy from scratch on worked additions and saves it."""
     from tqdm import tqdm
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, utils
+    utils.logging.disable_progress_bar()
     tokenizer, rng = toy_tokenizer(), random.Random(seed)
     end = tokenizer.eos_token_id
     torch.manual_seed(seed)

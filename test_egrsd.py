@@ -724,6 +724,11 @@ def test_the_table_of_several_runs_holds_mean_and_spread_in_the_papers_order_or_
                for gamma in (0.3, 1.0) for window in (0, 5)]
     lines = egrsd.results_table(egrsd.load_runs(folders)[2]).splitlines()
     assert lines == ["| gamma | W = 0 | W = 5 |", "| --- | --- | --- |", "| 0.3 | 3.0 | 8.0 |", "| 1.0 | 10.0 | 15.0 |"]
+    lines = egrsd.results_table(egrsd.load_runs(folders[1:])[2]).splitlines()
+    assert lines[2:] == ["| 0.3 |  | 8.0 |", "| 1.0 | 10.0 | 15.0 |"]  # a grid with a hole
+    other = finished(tmp_path / "other", (20.0, 80.0), (50.0, 50.0), gamma=0.3, window=0, method="egrsd", lr=1e-3)
+    lines = egrsd.results_table(egrsd.load_runs([*folders[1:], other])[2]).splitlines()
+    assert len(lines) == 7 and lines[0].startswith("| method") and any("lr 0.001" in line for line in lines)  # no grid: lr differs
     assert egrsd.results_table(egrsd.load_runs([])[2]) == ""
 
 
@@ -1563,6 +1568,8 @@ def test_report_draws_several_runs_and_a_grid(many, tmp_path):
         patch.setattr(Axes, "text", lambda self, x, y, text, *a, **k: texts.append((x, y, text)) or real(self, x, y, text, *a, **k))
         egrsd.write_report(tmp_path / "grid.png", [tmp_path / f"{gamma}-{window}" for gamma in (0.3, 1.0) for window in (0, 5)])
     assert [each for each in texts if each[2] in ("20.0", "25.0")] == [(0, 0, "20.0"), (1, 0, "25.0"), (0, 1, "20.0"), (1, 1, "25.0")]
+    egrsd.write_report(tmp_path / "sft.png", [many / "one" / "sft"])  # without teacher, reward and engine gap
+    assert (tmp_path / "sft.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(egrsd.UserError, match="no run, or"):
         egrsd.report(egrsd.Config(report=[tmp_path]))
 
@@ -1724,6 +1731,10 @@ def test_the_laboratory_runs_what_is_missing_and_draws_a_table(tmp_path, monkeyp
     assert done.returncode == 0 and (lost / "results.json").exists() and kept.stat().st_mtime_ns == before, done.stderr
     done = launched(*flags, "--lr", "1e-3")
     assert done.returncode == 2 and "other settings" in done.stderr, done.stderr
+    (lost / "results.json").unlink()
+    (lost / "config.json").write_text("{}")
+    done = launched(*flags)
+    assert done.returncode == 2 and f"{lost}.log: this run failed" in done.stderr, done.stderr
 
 
 def test_all_wrong_all_cut_off_and_empty_completions_train_on(small, driver, tmp_path):

@@ -1,15 +1,15 @@
 """EGRSD, Entropy-Guided Reinforced Self-Distillation (arXiv 2605.13255), in one file.
 
-A reasoning model samples its own solution y of a problem x. The same frozen weights, shown the reference solution s* as
-well, are the teacher. Each token's update is direction (was the answer right?) x magnitude (does the teacher agree?)
-x confidence (is the teacher sure?):
+A reasoning model, the student, samples its own solution y of a problem x. It is a LoRA adapter on frozen weights, and
+these alone, shown the reference solution s* as well, are the teacher. Each token's update is direction (was the answer
+right?) x magnitude (does the teacher agree?) x confidence (is the teacher sure?):
 
     L = -(1/N) sum over i,t of  A_i * w_it * omega_it * log p_theta(y_it | x_i, y_i<t)                       Eq. (7)
 
     symbol    variable         shape   unit   meaning
     y_i       completion_ids   (T_i,)  ids    rollout i, its end-of-turn token included
     r_i       reward           scalar  -      1 + 0.5 (1 - T_i / L_max) if the answer is right, else 0
-    A_i       advantage        scalar  -      r_i whitened by all earlier rewards, Eq. (9); its sign is the direction
+    A_i       advantage        scalar  -      r_i whitened by all earlier steps' rewards, Eq. (9); its sign: direction
     H_it      teacher_entropy  (T_i,)  nats   entropy of p_T(. | x, s*, y_<t) over the whole vocabulary, Eq. (4)
     delta_it  delta            (T_i,)  nats   log p_T(y_it) - log p_theta(y_it), detached
     w_it      magnitude        (T_i,)  -      exp(sign(A_i) delta_it) clipped to 1 +- 0.2, Eq. (2)
@@ -18,11 +18,11 @@ x confidence (is the teacher sure?):
     N         tokens           scalar  count  completion tokens of the step, all ranks together
 
 Missing on purpose: importance ratio and PPO clip (one update per batch), a KL penalty beside the reward (the teacher is
-the reference), value network, loss and attention masks (a rollout is one 1-D tensor; a pass pads on the right only).
+the reference), value network, loss and attention masks (a rollout is one 1-D tensor; scoring pads on the right only).
 Six other methods share the loop, see TOKEN_WEIGHT. D1, D2, ... mark decisions where the paper is silent: see README.
 
     python egrsd.py --toy                                          # a laptop: 3 minutes, nothing downloaded
-    torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # Qwen3-8B on 8 x 80 GB
+    torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # CL-EGRSD, Qwen3-8B, 8 x 80 GB
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
 import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata, importlib.util
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 @dataclasses.dataclass
 class Config:
-    """Every knob: a line here is a flag there, its comment the help text. The defaults are the paper's 8B EGRSD run."""
+    """Every knob: a line is a command-line flag, its comment the help text. Defaults are the paper's 8B EGRSD run."""
     model: str = "Qwen/Qwen3-8B"  # hub id or folder of a causal language model
     data: str = "siyanzhao/Openthoughts_math_30k_opsd"  # hub id, .jsonl or .parquet: problem, solution, answer
     out: str = ""  # run folder; empty = out/METHOD-DATE-TIME
@@ -92,8 +92,9 @@ def require(condition, message):
         raise UserError(message)
 
 # =================================================== 2. The method ====================================================
-# Pure functions of tensors, in the paper's order; log-probabilities and entropies in nats, float32, at temperature 1
-# (D1: the paper writes plain p, so the sampling temperature enters neither log p nor H). T = tokens, B = rollouts.
+# Direction, magnitude, confidence, the methods made of them, and last log p and entropy, which they are made of. Log-
+# probabilities and entropies are in nats, float32, at temperature 1 (D1: the paper writes plain p, so the sampling
+# temperature enters neither log p nor H). T = tokens, B = rollouts.
 
 STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first different one explode
 GATE_FLOOR = 0.1  # even the least certain token keeps a tenth of its weight, Eq. (6)
@@ -128,7 +129,7 @@ class Welford:
         vars(self).update(state)
 
 def running_advantage(rewards, stats, warming_up):
-    """A = (r - mean_<s) / max(std_<s, 0.1), Eq. (9), or r - 0.5 while warming up. rewards (B,) -> (B,)."""
+    """A = (r - mean) / max(std, 0.1) of all earlier steps, Eq. (9); r - 0.5 while warming up. rewards (B,) -> (B,)."""
     return rewards - 0.5 if warming_up else (rewards - stats.mean) / max(stats.std, STD_FLOOR)
 
 def group_advantage(rewards, group):
@@ -148,7 +149,7 @@ def lookahead_min(entropy, window):
 
 def confidence_gate(entropy, max_entropy, gamma, window=0):
     """omega = clip(1 - gamma H^CL / max(H_max, 1 nat), 0.1, 1), Eq. (5, 6, 8). entropy (T,), H_max in nats -> (T,)."""
-    # D3: H_max is the largest raw entropy of the step on all ranks, as in Eq. (8); Algorithm 1 may mean after lookahead
+    # D3: H_max is the step's largest entropy, on all ranks, before the lookahead; Algorithm 1 may mean after it
     return (1 - gamma * lookahead_min(entropy, window) / max(max_entropy, ENTROPY_FLOOR)).clamp(GATE_FLOOR, 1)
 
 def entropy_routing(delta, entropy):
@@ -160,15 +161,15 @@ def entropy_routing(delta, entropy):
     return torch.tanh((tau - entropy) / scale) * torch.tanh(delta)
 
 # The paper's Table 1: what multiplies log p_theta(y_t), or the divergence, in L = -(1/N) sum weight_t * value_t. r is a
-# Rollout; its advantage A_i is a number, its token fields are (T,). A method of yours is a line here.
+# Rollout; its advantage A_i is a number, its token fields are (T,). -1 makes L the mean divergence. Yours: a line here.
 TOKEN_WEIGHT = {
     "sft":   lambda r: 1.0,  # y is the reference solution: no rollouts, no teacher
-    "grpo":  lambda r: r.advantage,  # direction only
-    "rlsd":  lambda r: r.advantage * r.magnitude,  # Eq. (3): direction x magnitude
+    "grpo":  lambda r: r.advantage,  # the advantage alone
+    "rlsd":  lambda r: r.advantage * r.magnitude,  # Eq. (3)
     "opsd":  lambda r: -1.0,  # Eq. (1): a divergence to the teacher instead, right answer or wrong
     "crisp": lambda r: -1.0,  # D8: to a teacher told to be concise, which has not seen the solution
     "dasd":  lambda r: r.advantage + DASD_BETA * entropy_routing(r.delta, r.student_entropy),
-    "egrsd": lambda r: r.advantage * r.magnitude * r.gate}  # Eq. (7): direction x magnitude x confidence
+    "egrsd": lambda r: r.advantage * r.magnitude * r.gate}  # Eq. (7)
 
 def forward_kl(log_p, teacher_log_p, clip=0.0):
     """KL(p_T || p_theta) of each token over the vocabulary, and its gradient with respect to the student's logits. With
@@ -237,8 +238,8 @@ def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=Non
         return HeadFunction.apply(hidden, head_weight, targets, teacher_hidden, divergence)
 
 def logp_and_entropy(hidden, head_weight, targets):
-    """log p(y_t) and H_t, Eq. (4), nats, float32 or up. hidden (T, d), head_weight (V, d), targets (T,) -> (T,), (T,).
-    Only log p carries a gradient, and only to hidden."""
+    """head_terms without a divergence, for other code: log p(y_t) and H_t, Eq. (4), nats, float32 or up. hidden (T, d),
+    head_weight (V, d), targets (T,) -> (T,), (T,). Only log p carries a gradient, and only to hidden."""
     logp, _, entropy = head_terms(hidden, head_weight, targets)
     return logp, entropy
 
@@ -292,8 +293,8 @@ def draw(problems, tokenizer, cfg, state, count):
 # ===================================================== 4. Grading =====================================================
 
 def grade(completion, gold):
-    """Is the last boxed answer of the completion the gold answer? Equal as texts, as plain numbers, or to math-verify
-    (section 11 has all three). No answer makes it raise; a hostile one costs about a second and is wrong."""
+    """Is the last boxed answer of the completion the gold answer: the same text, the same plain number, or the same to
+    math-verify (functions of section 11)? No answer makes it raise; a hostile one costs about a second and is wrong."""
     answer, gold = ((text or "").strip(" \t\n$") for text in (last_boxed(completion), gold))
     if not answer or not gold:
         return False
@@ -305,7 +306,8 @@ def grade(completion, gold):
     return len(answer) <= 1000 and math_verify_agrees(gold, answer)
 
 def score_answer(completion, row):
-    """THE PLACE TO FORK for your own reward: completion text, data row -> 0 (wrong) .. 1 (right), before length."""
+    """THE PLACE TO FORK for your own training reward: completion, {problem, solution, gold} -> 0 (wrong) .. 1 (right),
+    before length. Evaluations use grade()."""
     return grade(completion, row["gold"])
 
 # ================================================ 5. Model and scoring ================================================
@@ -354,9 +356,9 @@ def completion_hidden(model, prompts, completions):
 
 def scored(model, rollouts, prompt, tokens_per_pass, divergence=None):
     """Forward passes over rollouts, each completion behind its `prompt`, "prompt_ids" or "teacher_ids". Yields for each
-    pass value (sum of T_i,), the one tensor with a gradient, and of each of its rollouts (rollout, hidden (T_i, d),
-    log p (T_i,), entropy (T_i,)). Longest first, so that little is padding; at most tokens_per_pass tokens a pass, but
-    always one rollout."""
+    pass (value, rows): value (sum of T_i,), alone with a gradient; rows, to be run through once, of (rollout,
+    hidden (T_i, d), log p (T_i,), entropy (T_i,)). Longest first, so that little is padding; at most tokens_per_pass
+    tokens a pass, but always one rollout."""
     def size(r):
         return len(getattr(r, prompt)) + len(r.completion_ids)
 
@@ -392,8 +394,8 @@ def teach(model, rollouts, cfg):
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds these rollouts' share of the gradient, returns their share of L.
-    max_entropy (nats) and tokens N are of all ranks. The gradient flows through the values alone, log p_S and H come
-    without one. w and omega are computed for every method with a teacher; those that ignore them log them."""
+    max_entropy (nats) and tokens N are of all ranks. The gradient flows through the values alone, log p_theta and H
+    come without one. w and omega are computed for every method with a teacher; those that ignore them log them."""
     total, divergence = 0.0, DIVERGENCE.get(cfg.method)
     if cfg.method == "opsd":
         divergence = functools.partial(divergence, clip=cfg.kl_clip)
@@ -456,7 +458,7 @@ class HfEngine:
         """Yields (index, completion ids up to the end token, raw log p (T,) nats) for id lists and a seed for each.
         Sampling is exact: filtered logits plus Gumbel noise from the rollout's own generator, then the largest."""
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-        filters = [TemperatureLogitsWarper(temperature)]  # a LogitsProcessorList inspects signatures at each token
+        filters = [TemperatureLogitsWarper(temperature)]  # called one by one: LogitsProcessorList is slow
         filters += ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
         device, rows = self.model.device, 256  # sequences at a time
         for start in range(0, len(prompts), rows):
@@ -486,18 +488,19 @@ class HfEngine:
 # ==================================================== 7. The loop =====================================================
 
 def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
-    """Sample, score, teach, learn, reduce, record, `steps` times, from the run folder's newest snapshot on. Part II has
-    restore and save_snapshot (section 8), Clock and all logging (9), write_trace (13), gather (16)."""
+    """Sample, score, teach, learn, reduce, record, `steps` times, from the run folder's newest snapshot on. state holds
+    what a run must not forget: step, position in the data, counts. Part II has restore and save_snapshot (section 8),
+    Interrupt, Clock and all logging (9), write_trace (13), gather (16)."""
     params = list(adapter_params(model, "default").values())
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D4: constant lr, no decay
     stats, share = Welford(), cfg.batch_size // WORLD
     state, logs = restore(folder, model, optimizer, stats)
-    saved, gap_alarm = state["step"], 1e-4 if model.dtype == torch.float32 else 0.2  # nats, mean between the engines
+    saved, gap_alarm = state["step"], 1e-4 if model.dtype == torch.float32 else 0.2  # nats, the mean engine gap
     show = terminal(cfg, state["step"], gap_alarm)
 
     try:
         while state["step"] < cfg.steps:
-            interrupt.release()  # raises KeyboardInterrupt if a signal has come
+            interrupt.release()  # signals may come again; if one has come meanwhile, this raises KeyboardInterrupt
             step, clock = state["step"] + 1, Clock()
             optimizer.zero_grad()
             engine.sync(model, step)
@@ -537,7 +540,8 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
             if cfg.rollouts_per_prompt > 1:
                 advantages = group_advantage(rewards, cfg.rollouts_per_prompt)
             else:  # D10: GRPO with one rollout per prompt has no group; it shares the running advantage
-                advantages = running_advantage(rewards, stats, step <= cfg.warmup_steps or stats.count < 2)
+                warming_up = step <= cfg.warmup_steps or stats.count < 2  # of one reward there is no std
+                advantages = running_advantage(rewards, stats, warming_up)
             for r in mine:
                 r.advantage = advantages[r.index].item()
             clock.lap("wait_s")
@@ -576,10 +580,10 @@ def train(cfg, folder, model, tokenizer, engine, problems, interrupt):
                 saved = step
                 draw_if_possible(write_trace, folder / f"trace_{step}.html", step, batch, tokenizer, cfg)
             if in_a_row >= 5:
-                raise FloatingPointError("5 steps in a row: a loss or gradient not finite; the last snapshot is good")
+                raise FloatingPointError("5 steps in a row: a loss or gradient not finite; earlier snapshots are good")
     finally:
-        # Held: an exception came in the middle of an update, which is not saved half done, or all steps are done and
-        # saved. This line comes before any call, so that a signal still pending cannot break into the save.
+        # Held here: beat 6 broke off half-way, which must not be saved, or all steps are done and saved. This line is
+        # before any call, so that a pending signal cannot break into the save.
         mid_update, interrupt.held = interrupt.held, True
         if RANK == 0 and state["step"] > saved and not mid_update:
             save_snapshot(folder, model, optimizer, stats, state, logs)
@@ -758,7 +762,7 @@ class Clock:
         self.laps[name], self.last = now - self.last, now
 
     def report(self, tokens):
-        """All laps in seconds, their sum, tokens per second, and this process's peak memory so far in GiB."""
+        """All laps in seconds, their sum, tokens per second, and the peak memory so far in GiB, the GPU's if any."""
         step_s, kib = sum(self.laps.values()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         kib /= 1024 if sys.platform == "darwin" else 1  # bytes there
         gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else kib / 2**20
@@ -791,7 +795,8 @@ def terminal(cfg, done, gap_alarm):
     return show
 
 class Interrupt:
-    """SIGTERM and Ctrl-C abandon the step under way by raising KeyboardInterrupt, but wait while `held`."""
+    """SIGTERM and Ctrl-C abandon the step under way by raising KeyboardInterrupt, but wait while `held`; the first
+    counts."""
     def __init__(self):
         self.signal, self.held = None, False
         signal.signal(signal.SIGTERM, self)
@@ -1069,7 +1074,7 @@ def run_evaluation(cfg):
             write_json(folder / "results.json", rows)
             print_table(f"{name}, {folder}", rows)
     if RANK == 0 and (len(summary) > 1 or len(benchmarks) > 1):
-        print_table("avg@K of all", summary)  # in the paper's column order
+        print_table("avg@K of all", summary)
 
 def compare(folders):
     """--report A B ...: the difference in accuracy of each evaluation to the first, paired by problem, in points."""
@@ -1331,7 +1336,8 @@ def write_trace(file, step, rollouts, tokenizer, cfg):
     data = dict(step=step, method=cfg.method, gamma=cfg.gamma, window=cfg.window, clip=cfg.magnitude_clip,
                 h_max=max(r.teacher_entropy.max().item() for r in rollouts), floor=GATE_FLOOR, tau_low=TAU_LOW,
                 tau_high=TAU_HIGH, count=len(rollouts), rollouts=rows)
-    file.write_text(PAGE.replace("DATA", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")))
+    block = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    file.write_text(PAGE.replace("DATA", block))
 
 # ==================================================== 14. The toy =====================================================
 # Small enough to be trained from scratch here, with something left to learn: its plain solutions hold slips and
@@ -1557,7 +1563,7 @@ def validate(cfg):
 RESUME_MAY_CHANGE = ("steps", "save_every", "engine", "tensor_parallel")
 
 def trained_on(path):
-    """What the flags of an evaluation leave to its snapshot, or to the snapshots of its run."""
+    """Flags that --adapter stands for: the model and LoRA rank of a snapshot, or of the first one of a run."""
     for folder in [*snapshots(path), Path(path)]:
         if (folder / "adapter_model.safetensors").is_file():
             config = json.loads((folder / "adapter_config.json").read_text())

@@ -92,9 +92,8 @@ def require(condition, message):
         raise UserError(message)
 
 # =================================================== 2. The method ====================================================
-# Direction, magnitude, confidence, the methods made of them, and last log p and entropy, which they are made of. Log-
-# probabilities and entropies are in nats, float32, at temperature 1 (D1: the paper writes plain p, so the sampling
-# temperature enters neither log p nor H). T = tokens, B = rollouts.
+# Direction, magnitude, confidence, the methods made of them; last log p and entropy, from which all are made: in nats,
+# float32, at temperature 1 (D1: the paper writes plain p; the sampling temperature enters neither). T tokens, B rollouts.
 
 STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first different one explode
 GATE_FLOOR = 0.1  # even the least certain token keeps a tenth of its weight, Eq. (6)
@@ -203,8 +202,8 @@ class HeadFunction(torch.autograd.Function):
     value is log p itself, or a divergence from the teacher's hidden states; only it has a gradient, only to hidden.
 
     d value_t / d hidden_t = slope_t @ head, where slope_t = d value_t / d logits_t, (V,); for log p that is
-    onehot(y_t) - p_t. forward computes and keeps it, (T, d), so that backward only scales. The slope is cast and
-    multiplied as one: in two terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
+    onehot(y_t) - p_t. forward computes and keeps this product, (T, d), so that backward only scales. The slope is cast
+    and multiplied as one: in two terms, W[y] - p W, it would cancel to noise in bf16 for a confident token.
     """
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, divergence):
@@ -1610,6 +1609,8 @@ def choose_folder(cfg):
     folder = Path(cfg.out or gather(f"out/{'toy-' * cfg.toy}{cfg.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}")[0])
     taken = any(gather([*folder.glob("config.json"), *folder.glob("*.jsonl"), *folder.glob("step_*")]))
     require(cfg.resume or not taken, f"--out {folder}: holds a run already; go on with it by --resume {folder}")
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=bool(cfg.out))  # of two runs started in the same second one ends here
     return folder
 
 def write_json(file, content):

@@ -1626,6 +1626,14 @@ def test_help_names_every_knob_and_import_needs_torch_alone():
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_two_runs_started_in_the_same_second_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(egrsd, "gather", lambda value: [value])
+    with pytest.raises(FileExistsError, match="out/egrsd-2"):
+        for _ in range(3):  # they lie in two seconds at most
+            egrsd.choose_folder(egrsd.Config())
+
+
 def test_a_broken_config_is_named(tmp_path, monkeypatch, capsys):
     for content in ('{"config', "{}", '{"config": {"gamme": 1}}'):
         (tmp_path / "config.json").write_text(content)

@@ -93,7 +93,7 @@ def require(condition, message):
 
 # =================================================== 2. The method ====================================================
 # Direction, magnitude, confidence, the methods made of them; last log p and entropy, from which all are made: in nats,
-# float32, at temperature 1 (D1: the paper writes plain p; the sampling temperature enters neither). T tokens, B rollouts.
+# float32, at temperature 1 (D1: the paper writes plain p; the sampling temperature enters none). T tokens, B rollouts.
 
 STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first different one explode
 GATE_FLOOR = 0.1  # even the least certain token keeps a tenth of its weight, Eq. (6)

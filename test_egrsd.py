@@ -1674,7 +1674,7 @@ def teach(model, rollouts, cfg):
     return egrsd.torch.cat([r.teacher_entropy for r in rollouts]).max().item()
 egrsd.teach = teach
 """
-    done = run(*small, "--out", tmp_path / "run", driver=driver(patch))
+    done = run(*small, "--teacher", "copy", "--teacher_every", 4, "--out", tmp_path / "run", driver=driver(patch))
     assert done.returncode == 1 and "5 steps in a row" in done.stderr and "Traceback" not in done.stderr, done.stderr
     metrics = read(tmp_path / "run" / "metrics.jsonl")
     assert [m["skipped"] for m in metrics] == [0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7]
@@ -1682,6 +1682,9 @@ egrsd.teach = teach
     before, after = adapter(tmp_path / "run" / "step_3"), adapter(tmp_path / "run" / "step_4")
     assert all(torch.equal(before[name], after[name]) for name in before)  # step 4 was skipped
     assert metrics[4]["welford_mean"] != metrics[3]["welford_mean"]  # but its rewards count
+    teacher = torch.load(tmp_path / "run" / "step_4" / "trainer.pt", weights_only=True)["teacher"]
+    assert all(torch.equal(teacher[name], after[name]) for name in after)  # and the copy that was due was made
+    assert (tmp_path / "run" / "trace_3.html").exists() and not (tmp_path / "run" / "trace_4.html").exists()  # nothing to show
 
 
 @pytest.mark.parametrize("kilobytes, rank, refused", [(75, 4, "File too large"), (100, 32, "step_1 cannot be saved; is the disk full? "), (250, 32, "step_1 cannot be saved; is the disk full? ")],

@@ -1223,12 +1223,13 @@ def results_table(results):
     def cell(values):
         return "" if values.isna().any() else f"{values.mean():.1f}" + f" ± {values.std():.1f}" * (len(values) > 1)
 
-    if is_grid(results):
+    grid = is_grid(results)
+    if grid:
         table = results.groupby(["gamma", "window"])["avg@K"].agg(cell).unstack(fill_value="")
         table = table.rename(columns="W = {:g}".format)
     else:
         table = results.groupby("label", sort=False)[["avg@K", "gain", "length", "eff"]].agg(cell)
-    header = [["gamma" if is_grid(results) else "method", *table.columns], ["---"] * (1 + len(table.columns))]
+    header = [["gamma" if grid else "method", *table.columns], ["---"] * (1 + len(table.columns))]
     rows = [*header, *([f"{name}", *row] for name, row in zip(table.index, table.values))]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows if len(table))
 
@@ -1565,8 +1566,11 @@ def trained_on(path):
     """Flags that --adapter stands for: the model and LoRA rank of a snapshot, or of the first one of a run."""
     for folder in [*snapshots(path), Path(path)]:
         if (folder / "adapter_model.safetensors").is_file():
-            config = json.loads((folder / "adapter_config.json").read_text())
-            return dict(model=config["base_model_name_or_path"], lora_rank=config["r"])
+            try:
+                config = json.loads((folder / "adapter_config.json").read_text())
+                return dict(model=config["base_model_name_or_path"], lora_rank=config["r"])
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"--adapter {folder}: no adapter as PEFT saves it ({one_line(repr(error))})") from error
     raise UserError(f"--adapter {path}: no snapshot there (no adapter_model.safetensors)")
 
 def configure(given):

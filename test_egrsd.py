@@ -1599,7 +1599,8 @@ egrsd.write_trace = write_trace
     ("--method sft --teacher ema", "has no teacher"), ("--teacher_decay 1.1", "not be above 1"), ("--lab", "needs --toy"),
     ("--toy --lab --method egrsd,nope", "nope"), ("--toy --lab --seed 0,x", "--seed"),
     ("--adapter nowhere --eval x", "no snapshot there"), ("--eval aime24,,x", "empty name"), ("--toy --eval x", "needs --model"),
-    ("--eval nothing.jsonl", "nothing.jsonl"), ("--report nowhere", "nowhere: no run, or"), ("--toy --lab --eval x", "no --data")])
+    ("--eval nothing.jsonl", "nothing.jsonl"), ("--report nowhere", "nowhere: no run, or"), ("--toy --lab --eval x", "no --data"),
+    ("--toy --out test_egrsd.py", "is a file")])
 def test_a_user_error_is_one_line_and_exit_code_2(flags, message):
     done = run(*flags.split())
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -1639,6 +1640,11 @@ def test_a_broken_config_is_named(tmp_path, monkeypatch, capsys):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(egrsd.UserError, match="config.json: not the configuration"):
             egrsd.configure(dict(resume=str(tmp_path)))
+    (tmp_path / "adapter_model.safetensors").touch()
+    for content in ("{", "{}", '{"base_model_name_or_path": "x"}'):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(egrsd.UserError, match="no adapter as PEFT saves it"):
+            egrsd.configure(dict(adapter=str(tmp_path), eval="x"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

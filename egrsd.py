@@ -395,10 +395,12 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds these rollouts' share of the gradient, returns their share of L.
     max_entropy (nats) and tokens N are of all ranks. The gradient flows through the values alone, log p_theta and H
     come without one. w and omega are computed for every method with a teacher; those that ignore them log them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
     total, divergence = 0.0, DIVERGENCE.get(cfg.method)
     if cfg.method == "opsd":
         divergence = functools.partial(divergence, clip=cfg.kl_clip)
-    model.train(cfg.grad_checkpoint)  # transformers checkpoints in train mode only; there is no dropout to turn on
+    for layer in model.modules():  # transformers checkpoints in layers that train; their own flag alone: no dropout
+        layer.training = cfg.grad_checkpoint and isinstance(layer, GradientCheckpointingLayer)
     for value, each in scored(model, rollouts, "prompt_ids", cfg.tokens_per_pass, divergence):
         weights = []
         for r, _, logp, entropy in each:
@@ -617,9 +619,13 @@ def read_rows(path, subset=None, split="train"):
                 yield row
     else:
         from datasets import load_dataset
+        from pyarrow import parquet  # comes with datasets
         try:
-            source = dict(path="parquet", data_files=path) if file else dict(path=path, name=subset)
-            yield from load_dataset(**source, split=split)
+            if file:  # opened here: load_dataset would read brackets in the path as a pattern
+                with open(path, "rb") as table:
+                    yield from parquet.read_table(table).to_pylist()
+            else:
+                yield from load_dataset(path, subset, split=split)
         except Exception as error:  # whatever the hub, the cache, the network or the file has to say
             raise UserError(f"{path}: cannot be loaded ({one_line(error)})") from error
 
@@ -869,14 +875,17 @@ def start_vllm(cfg, tokenizer, ends, problems):
     texts = [student_prompt(row) for row in problems]
     header = len(encode(tokenizer, texts[0], cfg.thinking)) - len(tokenizer(texts[0]).input_ids) + 8
     context = max(map(len, tokenizer(texts).input_ids)) + header + cfg.max_completion_length
+    context = min(context, cfg.max_length)
+    # on a CPU it cannot sample a seeded request whose prompt is split over two steps
+    whole_prompts = {} if cuda else dict(enable_chunked_prefill=False, max_num_batched_tokens=max(context, 2048))
     try:
         llm = LLM(
             cfg.model, dtype="bfloat16" if cuda else "float32", seed=cfg.seed, generation_config="vllm",
             distributed_executor_backend="external_launcher", tensor_parallel_size=cfg.tensor_parallel,
-            max_model_len=min(context, cfg.max_length), max_num_seqs=cfg.batch_size // WORLD * cfg.tensor_parallel,
+            max_model_len=context, max_num_seqs=cfg.batch_size // WORLD * cfg.tensor_parallel,
             gpu_memory_utilization=cfg.engine_memory, enable_prefix_caching=bool(cfg.eval),
             enable_lora=True, max_loras=1, max_lora_rank=max(8, 2 ** (cfg.lora_rank - 1).bit_length()),  # a power of 2
-            enforce_eager=not cuda, disable_log_stats=True, use_tqdm_on_load=False)
+            enforce_eager=not cuda, disable_log_stats=True, use_tqdm_on_load=False, **whole_prompts)
     except Exception as error:  # out of memory, unsupported model, ...: vLLM raises all kinds
         raise OSError(f"vLLM does not start: {one_line(error)} (less --engine_memory needs less of the GPU; "
                       "--engine hf needs no vLLM)") from error
@@ -971,12 +980,13 @@ def stored_samples(folder):
 
 def identity(path):
     """Says which weights a folder holds, wherever it lies; a hub id stays what it is."""
+    if not path or not Path(path).is_dir():
+        return path
     digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]):  # all of it: ends can be alike
         with open(file, "rb") as weights:
-            weights.seek(max(0, file.stat().st_size - 2**20))
-            digest.update(weights.read())
-    return digest.hexdigest() if Path(path).is_dir() and path else path
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()
 
 def begin_evaluation(cfg, benchmarks, folder):
     """Makes the folder fit for more samples, or refuses it -> stored_samples() of it."""
@@ -1546,6 +1556,8 @@ def validate(cfg):
               ("teacher_decay", cfg.teacher_decay <= 1, "must not be above 1"),
               ("kl_clip", cfg.kl_clip == 0 or cfg.method == "opsd", "only --method opsd clips its divergence"),
               ("model", cfg.model or cfg.toy, "must not be empty"),
+              ("model", not (cfg.model and Path(cfg.model, "adapter_config.json").exists()),
+               "holds an adapter, which would silently be lost; merge it into its base first (README, Use a snapshot)"),
               ("engine", cfg.engine in ("auto", "vllm", "hf"), "must be one of auto, vllm, hf"),
               ("magnitude_clip", cfg.magnitude_clip < 1, "must be below 1"),
               ("rollouts_per_prompt", cfg.method == "grpo" or not grouped, "only --method grpo has groups"),

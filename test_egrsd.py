@@ -877,6 +877,43 @@ def test_gold_answer(row, gold):
     assert egrsd.gold_answer(row) == gold
 
 
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    import datasets
+    for name, problem in (("train[2].parquet", "mine"), ("train2.parquet", "another")):
+        datasets.Dataset.from_dict(dict(problem=[problem], solution=["s"], answer=["1"])).to_parquet(tmp_path / name)
+    assert [row["problem"] for row in egrsd.load_problems(str(tmp_path / "train[2].parquet"))] == ["mine"]
+
+
+def test_the_identity_of_a_model_takes_in_every_byte_of_every_weight_file(tmp_path):
+    seen = {egrsd.identity(str(tmp_path))}
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        content = bytearray(3 * 2**20)
+        for place in (0, 10, 3 * 2**20 - 1):
+            content[place] = 7
+            (tmp_path / name).write_bytes(content)
+            seen.add(egrsd.identity(str(tmp_path)))
+    assert len(seen) == 7 and egrsd.identity("hub/id") == "hub/id"
+
+
+def test_an_adapter_folder_given_as_the_model_is_refused(whole, problems, tmp_path):
+    done = run("--model", whole / "step_1", "--data", problems, "--engine", "hf", "--out", tmp_path / "run")
+    assert done.returncode == 2 and "holds an adapter" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropout_in_a_models_config_stays_off_also_under_gradient_checkpointing(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "dropout")
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "dropout" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    gradients = []
+    for checkpoint in (False, True):
+        cfg = egrsd.Config(model=str(tmp_path / "dropout"), lora_rank=4, method="sft", grad_checkpoint=checkpoint)
+        model = egrsd.load_model(cfg, torch.device("cpu"))
+        egrsd.learn(model, [egrsd.Rollout(0, {}, [5, 6, 7], [], [20, 30, 40, 50])], cfg, 0.0, 4)
+        gradients.append(torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "lora_B" in name]))
+    assert torch.allclose(*gradients, atol=1e-7), (gradients[0] - gradients[1]).abs().max()
+
+
 def test_every_kind_of_local_file_loads(problems, tmp_path):
     import datasets
     rows = egrsd.load_problems(str(problems))
@@ -2015,6 +2052,17 @@ def test_vllm_on_two_ranks_alone_or_decoding_together_draws_what_one_rank_draws(
         assert two["engine_gap_max"] < 1e-3
     for one, two in zip(read(vllm_run[0] / "rollouts.jsonl")[:48], read(tmp_path / "two" / "rollouts.jsonl"), strict=True):
         assert one["completion_ids"] == two["completion_ids"]
+
+
+@needs_vllm
+def test_vllm_takes_long_prompts_of_a_whole_batch(small, tiny, tmp_path):
+    rows = [dict(problem=f"{k} " + "word " * 80, solution="s", answer="1") for k in range(32)]  # 400 characters, a token each
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*small[:-1], "vllm", "--steps", 1, "--batch_size", 32, "--max_completion_length", 8, "--out", tmp_path / "run"]
+    flags[flags.index("--data") + 1] = tmp_path / "long.jsonl"
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "run" / "metrics.jsonl")[0]["engine_gap_max"] < 1e-3
 
 
 FRESH = """

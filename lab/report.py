@@ -1,0 +1,331 @@
+"""Pictures, tables and paired comparisons from the files of runs: no model, no tokenizer, on any machine.
+
+    python -m lab.report RUN              # RUN/report.png, RUN/trace.html; what the gate did, on the terminal
+    python -m lab.report RUN --step 25    # the page of another step
+    python -m lab.report RUN --window 5   # regimes, lookahead and gate as they would be with W = 5
+    python -m lab.report RUN RUN ...      # out/report.png, seeds as their mean; the table of toy runs
+    python -m lab.report EVAL EVAL ...    # accuracy minus that of the first evaluation, paired by problem
+
+A setting is what runs share that differ in nothing but the seed. A part is the tokens of a step that are in a
+decile of the teacher's entropy H (1 to 10), or in a regime. H^CL is H after the lookahead.
+"""
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from pandas import DataFrame, Series, concat
+
+from egrsd import ENTROPY_FLOOR, UserError, confidence_gate, lookahead_min, magnitude, require
+
+REGIMES = ["lock", "mid", "fork", "pivot"]  # Sec. 5.5
+TAU_LOW, TAU_HIGH = 0.08, 0.2  # of max(H_max, 1 nat); Figure A5 hints at the first, the second is ours
+PAGE_TOKENS, PAGE_BYTES = 36_000, 1_950_000  # at most, on a trace page
+CURVES = dict(reward="reward", accuracy="right answers, %", length="completion length, tokens",
+              grad_norm="gradient norm before clipping", engine_gap_max="largest engine gap, nats")
+PARTS = dict(gate="mean gate by entropy decile", delta="mean |delta| by entropy decile, nats",
+             restored="gate restored by the lookahead")
+UNSEEN = ("method", "out", "resume", "seed", "save_every", "micro_batch", "grad_checkpoint", "engine",
+          "engine_memory", "engine_args", "tensor_parallel")  # flags that do not make another setting
+
+def read_json(file):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+def read_lines(file):
+    """The rows of a .jsonl, one at a time, none without the file; a torn last line is not there."""
+    if file.exists():
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            yield from (json.loads(line) for line in lines if line.endswith("\n"))
+
+def token_table(row, h_max, view):
+    """A rollout -> a row a token: H, ahead (H^CL), delta, w, gate, bare (no lookahead), regime, text."""
+    peak, window = max(h_max, ENTROPY_FLOOR), view["window"]
+    entropy, delta = (torch.tensor(row[name], dtype=torch.float64) for name in ("teacher_entropy", "delta"))
+    direction = (row["advantage"] > 0) - (row["advantage"] < 0)
+    table = DataFrame(dict(H=entropy, ahead=lookahead_min(entropy, window), delta=delta,
+                           w=magnitude(delta, direction, view["clip"]),
+                           gate=confidence_gate(entropy, peak, view["gamma"], window),
+                           bare=confidence_gate(entropy, peak, view["gamma"])))
+    unsure = table["H"] >= TAU_HIGH * peak
+    regimes = dict(lock=table["H"] <= TAU_LOW * peak, fork=unsure & (table["ahead"] >= TAU_HIGH * peak),
+                   pivot=unsure & (table["ahead"] <= TAU_LOW * peak))
+    text = Series(row["tokens"], dtype=object)  # which may hold half a surrogate pair
+    return table.assign(regime=np.select([*regimes.values()], [*regimes], "mid"), text=text)
+
+def step_sums(tokens):
+    """The token tables of a step, end to end -> a row a part: its tokens, sums of |delta|, gate and bare."""
+    decile = (tokens["H"].rank(method="first").astype(int) - 1) * 10 // len(tokens) + 1
+    sums = tokens[["delta", "gate", "bare"]].abs().assign(tokens=1)
+    parts = [sums.groupby(part).sum() for part in (decile, tokens["regime"])]
+    return concat(parts).rename_axis("part").reset_index()
+
+def token_means(sums, by):
+    """Rows of step_sums() -> a row a (by, part): means over its tokens, what is restored, its share in %."""
+    total = sums.groupby([by, "part"], sort=False)[["tokens", "delta", "gate", "bare"]].sum()
+    means = total.div(total["tokens"], axis=0)
+    tokens = total["tokens"].groupby(by).transform("sum") / 2  # each is in a decile and in a regime
+    return means.assign(restored=means["gate"] - means["bare"], share=100 * total["tokens"] / tokens)
+
+def load_run(folder, window, step):
+    """-> config, view (what w and gate are made with), metrics (a row a step), results of a toy, sums of all
+    steps, words ({(regime, text): count}), page (step, H_max, rollouts). Reads one step at a time."""
+    config, results = read_json(folder / "config.json")["config"], folder / "results.json"
+    metrics = DataFrame(read_lines(folder / "metrics.jsonl"))
+    require(len(metrics), f"{folder}: no step is finished")
+    view = dict(gamma=config["gamma"] if config["method"] == "egrsd" else 0.0,  # others have no gate
+                clip=config["magnitude_clip"] if config["method"] in ("egrsd", "rlsd") else 0.0,  # nor w
+                window=config["window"] if window is None else window)
+    sums, words, page = [DataFrame()], Counter(), None
+    for number, rows in itertools.groupby(read_lines(folder / "rollouts.jsonl"), lambda row: row["step"]):
+        rows = [row for row in rows if row.get("delta")  # not empty, with a teacher, of no skipped step
+                and math.isfinite(sum(row["delta"] + row["teacher_entropy"]))]
+        if rows:
+            h_max = max(max(row["teacher_entropy"]) for row in rows)  # that of the metrics, to 4 digits
+            tokens = concat([token_table(row, h_max, view) for row in rows], ignore_index=True)
+            sums.append(step_sums(tokens).assign(step=number))
+            words.update(zip(tokens["regime"], tokens["text"]))
+            page = (number, h_max, rows) if step in (number, None) else page
+    return SimpleNamespace(config=config, view=view, metrics=metrics, sums=concat(sums), words=words,
+                           page=page, results=read_json(results) if results.exists() else [])
+
+def name_settings(runs):
+    """Puts its `setting` into each run and its tables: the method, and the flags that differ between runs."""
+    def flags(run):
+        idle = UNSEEN if run.config["method"] == "egrsd" else (*UNSEEN, "gamma", "window")
+        return {name: Path(str(value)).name for name, value in run.config.items() if name not in idle}
+
+    every = [flags(run) for run in runs]
+    for run, own in zip(runs, every):
+        differs = [name for name in own if any(other.get(name, own[name]) != own[name] for other in every)]
+        shown = [f"{name} {own[name]}" for name in own if name in (*differs, "gamma", "window")]
+        run.setting = run.metrics["setting"] = ", ".join([run.config["method"], *shown])
+        run.sums["setting"] = run.setting
+
+def toy_results(runs):
+    """results.json of toy runs -> a row a run after training; above them those before, equal ones once."""
+    columns, rows = ["setting", "seed", "gamma", "window", "avg@K", "gain", "length", "eff"], []
+    for run in runs:
+        if run.results:
+            before, after = run.results
+            rows.insert(0, {**before, "setting": "before"})
+            gain = after["avg@K"] - before["avg@K"]
+            rows.append({**run.config, **after, "setting": run.setting, "gain": gain})
+    return DataFrame(rows, columns=columns).drop_duplicates()
+
+def gamma_window_grid(results, cell):
+    """avg@K, a row a gamma, a column a window; None unless several of both, and they alone, were tried."""
+    after = results.dropna(subset="seed")
+    alone = after["setting"].str.fullmatch("egrsd, gamma [^,]*, window [^,]*").all()
+    if alone and after[["gamma", "window"]].nunique().min() > 1:
+        return after.groupby(["gamma", "window"])["avg@K"].agg(cell).unstack()
+
+def panels(runs):
+    """{title: table}, a column a setting, a row a step, a decile or a regime; without what no run has."""
+    metrics, sums = concat(run.metrics for run in runs), concat(run.sums for run in runs)
+    tables = {title: metrics.pivot_table(name, "step", "setting")
+              for name, title in CURVES.items() if name in metrics}
+    if "part" in sums:
+        means = token_means(sums, "setting").unstack("setting")
+        means = means.loc[:, means.ne(0).any()]  # without lookahead nothing is restored
+        for name in [name for name in PARTS if name in means]:
+            tables[PARTS[name]] = means[name].reindex(REGIMES if name == "restored" else range(1, 11))
+    return tables
+
+def draw_panel(axis, title, table, colours, dashes):
+    """Bars over regimes, lines over deciles; over steps the mean of the last ten (pale: a lone run)."""
+    look = dict(ax=axis, title=title, color=colours, legend=False)
+    if "lock" in table.index:
+        table.dropna(axis=1, how="all").plot.bar(rot=0, xlabel="", width=0.8, **look)
+    elif table.index.name == "step":
+        smooth = table.rolling(10, min_periods=1).mean().where(table.notna())
+        logarithmic = "gap" in title and bool((table > 0).any(axis=None))
+        smooth.plot(style=dashes, marker="." if len(table) == 1 else "", logy=logarithmic, **look)
+        if len(colours) == 1:
+            table.plot(alpha=0.25, **look)
+    else:
+        table.plot(style=dashes, xlabel="decile of the teacher's entropy", xticks=table.index, **look)
+        axis.set_ylim(0, 1.05 * table.max(axis=None))
+    axis.grid(alpha=0.3)
+
+def draw_results(axis, results, colours):
+    """Accuracy against length (Figure 1) with standard deviations over seeds; of a grid the heat map."""
+    grid = gamma_window_grid(results, "mean")
+    axis.set(title="held-out avg@K, %", xlabel="mean length, tokens")
+    if grid is not None:
+        axis.imshow(grid, cmap="Blues", alpha=0.6, aspect="auto")
+        for i, j in itertools.product(*map(range, grid.shape)):
+            axis.text(j, i, f"{grid.iloc[i, j]:.1f}".replace("nan", ""), ha="center", va="center")
+        axis.set_xticks(range(grid.shape[1]), grid.columns.map("{:g}".format))
+        axis.set_yticks(range(grid.shape[0]), grid.index)
+        axis.set(xlabel="lookahead W, tokens", ylabel="gamma")
+        return
+    for name, rows in results.groupby("setting")[["length", "avg@K"]]:
+        (x, y), (dx, dy) = rows.mean(), rows.std().fillna(0)
+        axis.errorbar(x, y, dy, dx, fmt="o", color=colours.get(name, "0.5"))
+        if name == "before":
+            axis.annotate(name, (x, y), (0, 8), textcoords="offset points", ha="center")
+    axis.margins(0.15, 0.2)
+    axis.grid(alpha=0.3)
+
+def draw(file, runs, results):
+    """report.png: a panel a figure, a colour a setting."""
+    settings, tables = list(dict.fromkeys(run.setting for run in runs)), panels(runs)
+    colours = {name: colormaps["tab20"]((2 * k + k // 10) % 20) for k, name in enumerate(settings)}
+    dashes = {name: ("-", "--", ":", "-.")[k % 4] for k, name in enumerate(settings)}
+    columns = max(1, 120 // (8 + max(map(len, settings))))  # of the legend
+    rows = math.ceil((len(tables) + min(len(results), 1)) / 3)
+    figure = Figure((13, 3.2 * rows + 0.25 * math.ceil(len(settings) / columns)), layout="constrained")
+    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+    panel = dict(zip(tables, axes))
+    for title, table in tables.items():
+        draw_panel(panel[title], title, table.reindex(columns=settings), colours, dashes)
+    if len(results):
+        draw_results(axes[len(tables)], results, colours)
+    for unused in axes[len(tables) + min(len(results), 1):]:
+        unused.remove()
+    for norm in {run.config["max_grad_norm"] for run in runs}:
+        panel[CURVES["grad_norm"]].axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
+    lines = panel[CURVES["length"]].get_lines()[:len(settings)]
+    figure.legend(lines, settings, loc="outside upper center", ncols=columns, frameon=False)
+    figure.savefig(file, dpi=100)
+
+def print_markdown(table):
+    table = table.reset_index().fillna("")
+    for row in [table.columns, ["---"] * table.shape[1], *table.values]:
+        print(f"| {' | '.join(map(str, row))} |")
+    print()
+
+def print_results(results):
+    """Markdown: mean ± standard deviation over seeds; avg@K minus that of the first setting, paired by seed,
+    ± standard error (number of pairs); the gamma x W grid (Table A3) where both vary."""
+    def cell(values, spread=Series.std):
+        values = values.dropna()
+        return f"{values.mean():.1f}" * (len(values) > 0) + f" ± {spread(values):.1f}" * (len(values) > 1)
+
+    settings = results.groupby("setting", sort=False)
+    table = settings[["avg@K", "gain", "length", "eff"]].agg(cell)
+    table.insert(0, "seeds", settings["seed"].nunique().replace(0, ""))
+    by_seed = results.pivot_table("avg@K", "seed", "setting", sort=False)
+    first, *others = by_seed
+    if others:
+        gaps = by_seed[others].sub(by_seed[first], axis=0)
+        table[f"minus {first}"] = gaps.apply(lambda gap: f"{cell(gap, Series.sem)} ({gap.count()})")
+    print_markdown(table)
+    grid = gamma_window_grid(results, cell)
+    if grid is not None:
+        print_markdown(grid.rename(columns="W = {:g}".format))
+
+def print_mechanism(runs):
+    """What the gate did, a row a setting; of one run at five steps, and what its locks, forks, pivots are."""
+    sums, by = concat(run.sums for run in runs), "setting"
+    if len(runs) == 1:
+        steps, by = sums["step"].unique(), "step"
+        near = [steps[abs(steps - part * steps.max()).argmin()] for part in (0, 0.25, 0.5, 0.75, 1)]
+        sums = sums[sums["step"].isin(near)]
+    columns = [(name, part) for name in ("share", "restored") for part in REGIMES]
+    columns += [(name, decile) for name in ("delta", "gate") for decile in (1, 10)]
+    table = token_means(sums, by).unstack("part").reindex(columns=columns)
+    print("by regime: share of tokens, %, and gate restored; by entropy decile, 1 and 10: |delta| and gate")
+    print(table.to_string(float_format="{:.3g}".format, na_rep="-"))
+    if len(runs) == 1:
+        for regime in ("lock", "fork", "pivot"):
+            words = Counter({text: count for (kind, text), count in runs[0].words.items() if kind == regime})
+            top = [f"{text!r} {100 * count / words.total():.1f} %" for text, count in words.most_common(8)]
+            print(f"{regime:5}", *top, sep="  ")
+
+def write_page(file, run):
+    """lab/trace.html with the rollouts of a step in it, as many as fit; it shows numbers and makes none."""
+    def block(content):  # JSON in which nothing can end a script
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+    step, h_max, rows = run.page
+    tables = [token_table(row, h_max, run.view) for row in rows]
+    means = token_means(step_sums(concat(tables, ignore_index=True)).assign(step=step), "step").loc[step]
+    means = means.reindex(REGIMES)[["share", "gate", "bare"]].fillna(0)
+    data = dict(run.view, step=step, method=run.config["method"], peak=max(h_max, ENTROPY_FLOOR), low=TAU_LOW,
+                high=TAU_HIGH, count=len(rows), regimes=means.to_dict("index"), rollouts=[])
+    names, tokens, size = ("problem", "gold", "correct", "truncated", "reward", "advantage"), 0, 0
+    for row, table in zip(rows, tables):
+        rollout = {**{name: row[name] for name in names}, **table.round(3).to_dict("list")}
+        tokens, size = tokens + len(table), size + len(block(rollout))
+        if tokens <= PAGE_TOKENS and size <= PAGE_BYTES:
+            data["rollouts"].append(rollout)
+    page, place = Path(__file__).with_name("trace.html").read_text(encoding="utf-8"), 'id="data">'
+    file.write_text(page.replace(place, place + block(data), 1), encoding="utf-8")
+
+def report(folders, out, step, window):
+    """Prints and draws what runs have left; the trace page, too, of a single run that had a teacher."""
+    runs = [load_run(folder, window, step) for folder in folders]
+    require(step is None or runs[0].page, f"{folders[0]}: no rollouts of step {step} that a teacher has seen")
+    name_settings(runs)
+    results = toy_results(runs)
+    if len(results):
+        print_results(results)
+    if any(run.words for run in runs):
+        print_mechanism(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(out / "report.png", runs, results)
+    if len(runs) == 1 and runs[0].page:
+        write_page(out / "trace.html", runs[0])
+    print(f"\nreport.png{', trace.html' * (len(runs) == 1 and bool(runs[0].page))} in {out}")
+
+def compare(folders):
+    """Accuracy minus the first evaluation's, in points, paired by problem; Avg. weighs benchmarks alike."""
+    def accuracies(folder):
+        asked = read_json(folder / "settings.json")["problems"]  # {benchmark: fingerprint}
+        rows = itertools.chain(*map(read_lines, sorted(folder.glob("rank_*.jsonl"))))
+        table = DataFrame(rows, columns=["benchmark", "problem_id", "correct"])
+        table["asked"] = table["benchmark"].map(asked)
+        problems = table.groupby(["benchmark", "asked", "problem_id"], sort=False)
+        return 100 * problems["correct"].mean().astype(float)
+
+    first = accuracies(folders[0])
+    for folder in folders[1:]:
+        gaps = (accuracies(folder) - first).dropna()
+        require(len(gaps), f"{folders[0]} and {folder} have no problems in common")
+        each = gaps.groupby("benchmark", sort=False)
+        table = DataFrame(dict(gap=each.mean(), se=each.sem(), problems=each.size()))
+        if len(table) > 1:
+            table.loc["Avg."] = [table["gap"].mean(), math.hypot(*table["se"]) / len(table), len(gaps)]
+        print(f"{folder} minus {folders[0]}, points")
+        print(table.astype({"problems": int}).to_string(float_format="{:.2f}".format, na_rep="-"), "\n")
+
+def main(argv=None):
+    """The command line -> exit code."""
+    parser = argparse.ArgumentParser("lab.report", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="runs, or evaluations")
+    parser.add_argument("--out", type=Path, help="folder to write to; default: the run's, out for several")
+    parser.add_argument("--step", type=int, help="of the trace page; default: the last")
+    parser.add_argument("--window", type=int, help="look with this lookahead W instead of the run's")
+    args = parser.parse_args(argv)
+    folders = list(dict.fromkeys(args.folders))
+    evaluations = [folder for folder in folders if (folder / "settings.json").is_file()]
+    try:
+        for folder in folders:
+            known = folder in evaluations or (folder / "metrics.jsonl").is_file()
+            require(known, f"{folder}: neither the folder of a run nor of an evaluation")
+        require(evaluations in ([], folders), "runs and evaluations cannot be mixed")
+        require(len(folders) > 1 or not evaluations, f"{folders[0]}: an evaluation needs another beside it")
+        require(args.window is None or args.window >= 0, f"--window {args.window}: must not be negative")
+        require(args.step is None or len(folders) == 1, "--step: only one run has a trace page")
+        if evaluations:
+            compare(folders)
+        else:
+            out = args.out or (folders[0] if len(folders) == 1 else Path("out"))
+            report(folders, out, args.step, args.window)
+    except (UserError, OSError, json.JSONDecodeError) as error:
+        print(f"lab.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that is not UTF-8
+    sys.exit(main())

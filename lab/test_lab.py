@@ -1,0 +1,499 @@
+"""Tests of lab/: evaluations on one rank and two, adapters of every kind, refusals, the toy from end to end."""
+import importlib.util, json, math, multiprocessing, os, random, signal, socket, shutil
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
+import torch
+import egrsd
+from lab import evaluate, toy
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+engines = pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)], scope="module")
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3", "peft", "pandas", "datasets"])
+
+# --------------------------------------------------------------------------- helpers: a tiny model, processes, files
+
+def make_tiny(path, seed=7):
+    """A random Qwen3 with varied entropies and seven end tokens, so that completions have uneven lengths."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    tokenizer = toy.toy_tokenizer()
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False,
+        initializer_range=0.3))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(40, 46)]
+    model.generation_config.update(do_sample=True, top_k=3, repetition_penalty=1.7)  # must not be inherited
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+def adapter(path, base, seed=1, kind="LoraConfig", **options):
+    """A random adapter of some kind on the tiny model, saved as PEFT saves it."""
+    import peft
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(seed)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    model.save_pretrained(path)
+    return path
+
+def on_ranks(count, argv, patch="", cwd="."):
+    """lab.evaluate on some ranks, in forked processes -> exit codes, stderr. patch: code that comes before."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    log, processes = Path(cwd, f"stderr-{port}").absolute(), []
+    for rank in range(count):
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        code = (f"import os, sys\nos.environ.update({ {name: str(x) for name, x in env.items()} })\n"
+                f"os.chdir({str(cwd)!r})\nsys.stderr = open({str(log)!r}, 'a', buffering=1)\n"
+                f"import egrsd\nfrom lab import evaluate\n{patch}\nsys.exit(evaluate.main({list(map(str, argv))}))")
+        processes.append(forks.Process(target=exec, args=(code, {})))
+        processes[-1].start()
+    for process in processes:
+        process.join(240)
+        process.kill()
+    return [process.exitcode for process in processes], log.read_text(encoding="utf-8")
+
+def write_lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+def samples(folder):
+    lines = [line for file in folder.glob("rank_*.jsonl") for line in file.read_text("utf-8").splitlines()]
+    return sorted(map(json.loads, lines), key=lambda row: (row["benchmark"], row["problem_id"], row["sample"]))
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text("utf-8"))
+
+def refused(capsys, argv, *parts, main=evaluate.main):
+    """Asserts exit code 2 and one line on stderr that holds the parts."""
+    capsys.readouterr()
+    code, err = main(list(map(str, argv))), capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and err.startswith("lab."), (code, err)
+    assert all(str(part) in err for part in parts), (parts, err)
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    rows = [dict(problem=f"{a}+{b}", answer=a + b) for a, b in ((1, 2), (30, 4), (5, 611))]
+    return write_lines(tmp_path_factory.mktemp("data") / "sums.jsonl", rows)
+
+# ------------------------------------------------------------------------------------------------ the benchmarks
+
+GSM8K = """---
+configs:
+- {config_name: main, data_files: [{split: test, path: main/test-*}]}
+- {config_name: socratic, data_files: [{split: test, path: socratic/test-*}]}
+---
+"""
+# benchmark: its files, the gold answers they hold, and a right and a wrong way to answer the last of them
+LAYOUTS = {
+    "aime24": ({"HuggingFaceH4/aime_2024/data/train-00000-of-00001.parquet": [
+        dict(id=60, problem="Aya walks.", solution=r"so \boxed{204}", answer="204", year="2024"),
+        dict(id=61, problem="Find x.", solution=r"\boxed{025}", answer="025", year="2024")]},
+        ["204", "025"], "25", "26"),
+    "aime25": ({"yentinglin/aime_2025/data/train-00000-of-00001.parquet": [
+        dict(id=1, problem="Find the sum.", answer=70, solution="70", year=2025),
+        dict(id=2, problem="Find n.", answer=588, solution="588", year=2025)]}, ["70", "588"], "588", "589"),
+    "hmmt25": ({"MathArena/hmmt_feb_2025/data/train-00000-of-00001.parquet": [
+        dict(problem_idx=1, problem="Compute.", answer="103", problem_type=["Number Theory"]),
+        dict(problem_idx=2, problem="Find it.", answer=r"\frac{9 \sqrt{23}}{23}", problem_type=["Geometry"])]},
+        ["103", r"\frac{9 \sqrt{23}}{23}"], r"\frac{9}{\sqrt{23}}", r"\frac{9}{23}"),
+    "math500": ({"HuggingFaceH4/MATH-500/test.jsonl": [
+        dict(problem="Convert.", solution=r"\boxed{(3, \frac{\pi}{2})}", answer=r"\left( 3, \frac{\pi}{2} \right)")]},
+        [r"\left( 3, \frac{\pi}{2} \right)"], r"(3, \pi/2)", r"(3, \pi)"),
+    "minerva": ({"math-ai/minervamath/test.jsonl": [
+        dict(question="A star?", answer="6e33"), dict(question="How hot?", answer="5.47e5")]},
+        ["6e33", "5.47e5"], r"5.47 \times 10^5", "5.47"),
+    "gsm8k": ({"openai/gsm8k/README.md": GSM8K,
+               "openai/gsm8k/socratic/test-00000-of-00001.parquet": [dict(question="no", answer="no")],
+               "openai/gsm8k/main/test-00000-of-00001.parquet": [
+        dict(question="Eggs?", answer="16 - 3 = <<16-3=13>>13\n#### 13"),
+        dict(question="Cost?", answer="much\n#### 1,080")]}, ["13", "1,080"], "1080", "108")}
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A folder in which the benchmarks' hub ids are folders, in the layout the hub has."""
+    from datasets import Dataset
+    base = tmp_path_factory.mktemp("hub")
+    for name, rows in [item for files, *_ in LAYOUTS.values() for item in files.items()]:
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            Dataset.from_list(rows).to_parquet(base / name)
+        elif name.endswith(".md"):
+            (base / name).write_text(rows, encoding="utf-8")
+        else:
+            write_lines(base / name, rows)
+    return base
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_each_benchmarks_layout_loads_and_grades(name, hub, monkeypatch):
+    monkeypatch.chdir(hub)
+    _, gold, right, wrong = LAYOUTS[name]
+    problems, = evaluate.load_benchmarks(name).values()
+    assert [row["gold"] for row in problems] == gold and all(row["problem"] for row in problems)
+    assert egrsd.grade(rf"so \boxed{{{right}}}", gold[-1]) and not egrsd.grade(rf"so \boxed{{{wrong}}}", gold[-1])
+
+# ------------------------------------------------------------------------------------------------ evaluations
+
+GRADED = "egrsd.grade = lambda completion, gold: sum(map(ord, completion)) % 3 == 0"  # a tiny model is never right
+STOPPED = GRADED + """
+import os, signal
+lines, real = iter(range(1, 99)), egrsd.write_lines
+def write_lines(file, rows):
+    real(file, rows)
+    if next(lines) == 7:
+        file.write(b'{"benchmark": "aime24", "probl')
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+egrsd.write_lines = write_lines
+"""
+
+@pytest.fixture(scope="module")
+def evaluated(engine, tiny, hub, tmp_path_factory):
+    """All six benchmarks on one rank without a stop, as whole/; and killed on two ranks, then run again, killed/."""
+    base = tmp_path_factory.mktemp("evaluated")
+
+    def run(ranks, out, patch):
+        argv = [tiny, " ,".join(LAYOUTS), "--out", base / out, "--samples", 2, "--max_completion_length", 16]
+        return on_ranks(ranks, [*argv, "--engine", engine], patch, hub)
+    codes, err = run(1, "whole", GRADED)
+    assert codes == [0], err
+    codes, err = run(2, "killed", STOPPED)
+    first = [(base / "killed" / f"rank_{rank}.jsonl").read_bytes() for rank in (0, 1)]
+    assert codes == [-signal.SIGKILL] * 2 and [text.count(b"\n") for text in first] == [7, 7], (codes, first, err)
+    codes, err = run(2, "killed", GRADED)
+    assert codes == [0, 0], err
+    for rank, text in enumerate(first):
+        again = (base / "killed" / f"rank_{rank}.jsonl").read_bytes()
+        assert not text.endswith(b"\n") and again.startswith(text[:text.rfind(b"\n") + 1])
+    return base
+
+@engines
+def test_an_evaluation_killed_on_two_ranks_and_run_again_equals_one_rank_without_a_stop(evaluated):
+    one, two = samples(evaluated / "whole"), samples(evaluated / "killed")
+    assert one == two and len(one) == 2 * 10 + 2 * (2 + 2 + 1 + 2 + 2)
+    assert len({(row["benchmark"], row["problem_id"], row["sample"]) for row in one}) == len(one)
+    assert len({row["completion"] for row in one}) > 0.9 * len(one)
+    assert results(evaluated / "whole") == results(evaluated / "killed")
+
+@engines
+def test_the_table_is_what_the_lines_say(evaluated):
+    table, rows = {row["name"]: row for row in results(evaluated / "whole")}, samples(evaluated / "whole")
+    assert list(table) == [*LAYOUTS, "Avg."]
+    accuracies, lengths, errors = [], [], []
+    for name in LAYOUTS:
+        mine, right = [row for row in rows if row["benchmark"] == name], {}
+        for row in mine:
+            right.setdefault(row["problem_id"], []).append(row["correct"])
+        k, n = 10 if name == "aime24" else 2, len(right)
+        assert all(len(verdicts) == k for verdicts in right.values())
+        means = [sum(verdicts) / k for verdicts in right.values()]
+        mean = sum(means) / n
+        accuracies.append(100 * mean)
+        lengths.append(sum(row["tokens"] for row in mine) / len(mine))
+        errors.append(100 * math.sqrt(sum((x - mean) ** 2 for x in means) / (n - 1) / n) if n > 1 else 0)
+        solved = 100 * sum(map(any, right.values())) / n
+        figures = accuracies[-1], errors[-1], solved, lengths[-1], 1000 * accuracies[-1] / lengths[-1]
+        assert list(table[name].values())[1:] == pytest.approx(figures)
+    assert 10 < sum(accuracies) / 6 < 60 and len({round(x, 3) for x in accuracies}) > 1
+    average = table["Avg."]
+    assert average["avg@K"] == pytest.approx(sum(accuracies) / 6)
+    assert average["length"] == pytest.approx(sum(lengths) / 6)
+    assert average["eff"] == pytest.approx(1000 * sum(accuracies) / sum(lengths))
+    assert average["se"] == pytest.approx(math.hypot(*errors) / 6)
+    assert {row["finish"] for row in rows} == {"stop", "length"} and {row["correct"] for row in rows} == {True, False}
+    assert all((row["finish"] == "length") <= (row["tokens"] == 16) for row in rows)
+
+def test_the_summary_has_the_papers_column_order_whatever_order_was_asked(tiny, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(hub)
+    argv = [tiny, "minerva,aime25", "--out", tmp_path, "--samples", 1, "--max_completion_length", 4, "--engine", "hf"]
+    assert evaluate.main(list(map(str, argv))) == 0
+    header, row = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert header == ["aime25", "minerva", "Avg.", "AvgLen", "Eff"] and row[0] == "base" and len(row) == 6
+
+def recomputed(model, tokenizer, row, problem, seed, limit):
+    """A sample at temperature 1 from the upper 95 percent of the whole vocabulary, by a slow loop -> ids."""
+    prompt, drawn = egrsd.encode(tokenizer, egrsd.student_prompt(problem), thinking=True), []
+    noise = torch.Generator().manual_seed(egrsd.rollout_seed(seed, row["problem_id"], row["sample"]))
+    while len(drawn) < row["tokens"]:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + drawn])).logits[0, -1]
+        ranked = logits.argsort(descending=True)
+        p = logits[ranked].softmax(0)
+        kept = ranked[p.cumsum(0) - p < 0.95]
+        noisy = logits - torch.empty_like(logits).exponential_(generator=noise).log()
+        drawn.append(kept[noisy[kept].argmax()].item())
+    return drawn
+
+KINDS = {  # what PEFT can make of the tiny model; vLLM serves the first six
+    "plain": dict(r=4, target_modules="all-linear"),
+    "rslora": dict(r=4, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+    "rank_pattern": dict(r=4, rank_pattern={"q_proj": 16}, target_modules=["q_proj", "v_proj"]),
+    "alpha_pattern": dict(r=4, alpha_pattern={"v_proj": 32}, target_modules=["q_proj", "v_proj"]),
+    "one_layer": dict(r=4, layers_to_transform=[1], target_modules=["q_proj", "up_proj"]),
+    "head": dict(r=4, target_modules=["q_proj", "lm_head"]),
+    "dora": dict(r=4, use_dora=True, target_modules=["q_proj", "v_proj"]),
+    "bias": dict(r=4, lora_bias=True, target_modules=["q_proj"]),
+    "embedding": dict(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "modules_to_save": dict(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "tokens": dict(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    "pissa": dict(r=4, target_modules=["q_proj"], init_lora_weights="pissa"),
+    "ia3": dict(kind="IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": dict(kind="LoHaConfig", r=4, target_modules=["q_proj", "v_proj"]),
+    "adalora": dict(kind="AdaLoraConfig", init_r=4, total_step=9, target_modules=["q_proj", "v_proj"]),
+}
+PROMPTS = {
+    "prompt": dict(kind="PromptTuningConfig", num_virtual_tokens=3),
+    "prefix": dict(kind="PrefixTuningConfig", num_virtual_tokens=3),
+    "p_tuning": dict(kind="PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
+}
+
+@pytest.mark.parametrize("kind", ["base", *KINDS])
+def test_samples_come_from_the_models_or_adapters_own_weights_with_the_papers_settings(kind, tiny, sums, tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    what, model = tiny, AutoModelForCausalLM.from_pretrained(tiny).eval()
+    if kind != "base":
+        what = adapter(tmp_path / kind, tiny, **KINDS[kind])
+        model = peft.PeftModel.from_pretrained(model, what).eval()
+    argv = [what, sums, "--samples", 2, "--max_completion_length", 12, "--seed", 3, "--engine", "hf", "--out", tmp_path]
+    assert evaluate.main(list(map(str, argv))) == 0
+    tokenizer, asked = AutoTokenizer.from_pretrained(tiny), egrsd.load_problems(str(sums), solved=False)
+    rows = samples(tmp_path)
+    assert len(rows) == 6
+    for row in rows:
+        ids = recomputed(model, tokenizer, row, asked[row["problem_id"]], 3, 12)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == row["completion"], row
+
+IN_VLLM = """
+import torch
+from transformers import AutoTokenizer
+from pathlib import Path
+egrsd.start_distributed()
+tokenizer, ends = egrsd.load_tokenizer({tiny!r})
+prompts = [egrsd.encode(tokenizer, text, True) for text in ("1+2", "30+4")]
+engine = egrsd.VllmEngine({tiny!r}, ends, "float32", 128, 4, 0.9, 16)
+import peft
+from transformers import AutoModelForCausalLM
+for folder in sorted(Path({folder!r}).iterdir()):
+    try:
+        evaluate.resolve(str(folder), True)
+        evaluate.put_on(engine, {tiny!r}, folder, prompts[0])
+    except egrsd.UserError as error:
+        print(f"{{folder.name}} refused {{error}}", file=sys.stderr)
+        continue
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({tiny!r}), folder).eval()
+    gaps = []
+    for i, ids, logp in engine.generate(prompts, [1, 2], 12, **evaluate.SAMPLING):
+        logits = model(input_ids=torch.tensor([prompts[i] + ids])).logits[0, len(prompts[i]) - 1:-1]
+        own = logits.log_softmax(1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        gaps.append((own - logp).abs().max().item())
+    print(f"{{folder.name}} served {{max(gaps):.1e}}", file=sys.stderr)
+evaluate.main = lambda argv: 0
+"""
+
+@pytest.fixture(scope="module")
+def run_folder(tiny, tmp_path_factory):
+    """A run folder with two snapshots of different weights, and one that was never finished."""
+    run = tmp_path_factory.mktemp("run") / "run"
+    for step in (2, 10):
+        adapter(run / f"step_{step}", tiny, seed=step, **KINDS["plain"])
+    (run / "step_11.tmp").mkdir()
+    (run / "metrics.jsonl").touch()
+    return run
+
+@engines
+def test_all_snapshots_of_a_run_are_evaluated_each_with_its_weights(engine, run_folder, sums, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    flags = [sums, "--max_completion_length", 16, "--engine", engine]
+    codes, err = on_ranks(1, [tmp_path / "run", *flags], cwd=tmp_path)
+    assert codes == [0], err
+    first, last = (samples(tmp_path / "run" / f"step_{step}" / "eval") for step in (2, 10))
+    assert len(first) == len(last) == 3 * 4
+    assert [row["completion"] for row in first] != [row["completion"] for row in last]
+    codes, err = on_ranks(1, [run_folder / "step_10", *flags, "--out", tmp_path / "alone"], cwd=tmp_path)
+    assert codes == [0] and samples(tmp_path / "alone") == last, err
+    codes, err = on_ranks(1, [run_folder, *flags, "--out", tmp_path / "both"], cwd=tmp_path)
+    assert codes == [0] and samples(tmp_path / "both" / "step_2") == first, err
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+def flip(file, place):
+    """One byte in the middle of a file becomes another."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+def test_a_folder_of_other_settings_problems_or_weights_is_refused_and_named(tiny, sums, tmp_path, capsys):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    what = adapter(tmp_path / "adapter", base, **KINDS["plain"])
+    flags = [sums, "--samples", 1, "--max_completion_length", 4, "--engine", "hf", "--out", tmp_path / "out"]
+    again = list(map(str, [what, *flags]))
+    assert evaluate.main(again) == 0
+    before = (tmp_path / "out" / "rank_0.jsonl").read_bytes()
+    moved = shutil.copytree(base, tmp_path / "moved")
+    config = json.loads((what / "adapter_config.json").read_text("utf-8"))
+    (what / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(moved)}))
+    assert evaluate.main(again) == 0  # elsewhere, but the same
+    for flag, value in (("--samples", 2), ("--seed", 1), ("--max_completion_length", 5)):
+        refused(capsys, [what, *flags, flag, value], flag[2:], tmp_path / "out")
+    refused(capsys, [what, *flags, "--no-thinking"], "thinking", tmp_path / "out")
+    refused(capsys, [base, *flags], "weights: adapter", tmp_path / "out")
+    for file in (moved / "model.safetensors", what / "adapter_model.safetensors"):
+        flip(file, file.stat().st_size // 2)
+        refused(capsys, again, "or weights: " + ("model" if file.parent == moved else "adapter"))
+        flip(file, file.stat().st_size // 2)
+    (what / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    refused(capsys, again, "weights: adapter", tmp_path / "out")
+    (what / "adapter_config.json").write_text(json.dumps(config))
+    row = json.loads(sums.read_text("utf-8").splitlines()[0])
+    other = write_lines(tmp_path / "sums.jsonl", [{**row, "problem": "2+1"}])  # the same gold answer
+    refused(capsys, [what, other, *flags[1:]], "other problems as sums")
+    assert evaluate.main(again) == 0 and (tmp_path / "out" / "rank_0.jsonl").read_bytes() == before
+
+def test_weights_of_pytorch_bin_files_count_too(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_model.bin").write_bytes(bytes(3_000_000))
+    assert evaluate.identity(tmp_path / "a") == evaluate.identity(tmp_path / "b")
+    flip(tmp_path / "b" / "pytorch_model.bin", 10)
+    assert evaluate.identity(tmp_path / "a") != evaluate.identity(tmp_path / "b")
+    assert evaluate.identity("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+
+def torn(folder):
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(content[:len(content) // 2])
+
+def reweighted(change):
+    """A breaker that changes the dictionary of tensors."""
+    from safetensors.torch import load_file, save_file
+
+    def apply(folder):
+        weights = load_file(folder / "adapter_model.safetensors")
+        change(weights)
+        save_file(weights, folder / "adapter_model.safetensors")
+    return apply
+
+def reconfigured(**values):
+    def apply(folder):
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **values}), encoding="utf-8")
+    return apply
+
+LAYER = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
+BROKEN = {
+    "torn weights": torn,
+    "torn configuration": lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LO'),
+    "no weights": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "no base": reconfigured(base_model_name_or_path=None),
+    "a base that is gone": reconfigured(base_model_name_or_path="/nowhere/at/all"),
+    "unknown kind": reconfigured(peft_type="SHAMAN"),
+    "not finite": reweighted(lambda weights: weights[LAYER.format(0)].fill_(math.nan)),
+    "empty": reweighted(lambda weights: weights.clear()),
+    "a part is missing": reweighted(lambda weights: weights.pop(LAYER.format(1))),
+    "of a deeper base": reweighted(lambda weights: weights.update(
+        {LAYER.format(9): torch.ones(4, 32), LAYER.format(9).replace("_A", "_B"): torch.ones(128, 4)})),
+    "of a wider base": reweighted(lambda weights: weights.update({LAYER.format(0): torch.ones(4, 64)})),
+    "of another rank": reconfigured(r=8),
+}
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_an_adapter_that_is_broken_or_does_not_fit_its_base_is_one_line(fault, tiny, sums, tmp_path, capsys):
+    what = adapter(tmp_path / "adapter", tiny, r=4, target_modules=["q_proj"])
+    BROKEN[fault](what)
+    refused(capsys, [what, sums, "--engine", "hf"], "nowhere" if "gone" in fault else what)
+    assert not (what / "eval").exists()
+
+@needs_vllm
+def test_vllm_serves_an_adapter_as_peft_does_or_refuses_it(tiny, tmp_path):
+    for kind, options in {**KINDS, **PROMPTS}.items():
+        adapter(tmp_path / "kinds" / kind, tiny, **options)
+    faults = {fault.replace(" ", "_"): BROKEN[fault] for fault in BROKEN if "gone" not in fault}
+    for fault, breaks in faults.items():
+        breaks(adapter(tmp_path / "kinds" / fault, tiny, r=4, target_modules=["q_proj"]))
+    codes, err = on_ranks(1, [], IN_VLLM.format(tiny=str(tiny), folder=str(tmp_path / "kinds")), tmp_path)
+    assert codes == [0], err
+    told = {words[0]: words[1:3] for words in map(str.split, err.splitlines()) if words[1:2] in (["served"], ["refused"])}
+    assert set(told) == {*KINDS, *PROMPTS, *faults}
+    served = {kind: float(figure) for kind, (verdict, figure) in told.items() if verdict == "served"}
+    assert set(served) == {"plain", "rslora", "rank_pattern", "alpha_pattern", "one_layer"}, told
+    assert max(served.values()) < 1e-4, served
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_learnt_prompt_is_refused(kind, tiny, sums, tmp_path, capsys):
+    refused(capsys, [adapter(tmp_path / "a", tiny, **PROMPTS[kind]), sums, "--engine", "hf"], "is not supported")
+
+def test_user_errors_are_one_line(tiny, sums, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for names, part in (("aime26", "aime24, aime25, hmmt25, math500, minerva, gsm8k"), (f"{sums},", "''"),
+                        (f"{sums}, {sums}", "sums twice"), (tmp_path / "no.jsonl", "no.jsonl")):
+        refused(capsys, [tiny, names, "--engine", "hf"], part)
+    for flags in (["--samples", 0], ["--seed", -1], ["--max_completion_length", 0],
+                  ["--sample", 4], ["--gamma", 0.3], ["--samples", "x"]):
+        refused(capsys, [tiny, sums, *flags], flags[0])
+    refused(capsys, [tmp_path / "nothing", sums, "--engine", "hf"], tmp_path / "nothing")
+    (tmp_path / "metrics.jsonl").touch()
+    refused(capsys, [tmp_path, sums, "--engine", "hf"], "without a snapshot")
+
+# ------------------------------------------------------------------------------------------------ the toy
+
+def test_toy_solutions_are_right_unless_a_slip_goes_unnoticed():
+    rng = random.Random(0)
+    for row in toy.toy_problems(rng, 50):
+        a, b = map(int, row["problem"].split("+"))
+        assert row["answer"] == str(a + b) and egrsd.grade(row["solution"], row["answer"])
+        assert egrsd.grade(toy.solution(rng, a, b, 0, 1), row["answer"])
+    slips = [egrsd.grade(toy.solution(rng, 345, 678, 0.3, 0.7), "1023") for _ in range(500)]
+    assert 0.5 < sum(slips) / 500 < 0.75  # (1 - 0.3 / 2) ** 3 = 0.61
+
+SHORT = ["--steps", "2", "--batch_size", "4", "--max_completion_length", "16"]
+
+def test_the_toy_from_end_to_end_once_interrupted_and_once_only_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "PRETRAIN_STEPS", 2)
+    monkeypatch.setattr(toy, "HELD_OUT", 3)
+    argv, out = ["--toy", str(tmp_path), *SHORT], tmp_path / "egrsd-gamma0.5-batch_size4-steps2-max_completion_length16-seed0"
+    real, evaluations = evaluate.run, []
+    monkeypatch.setattr(evaluate, "run", lambda argv: evaluations.append(argv[0]) or real(argv))
+    assert toy.main([*argv, "--gamma", "0.5"]) == 0
+    assert [row["name"] for row in results(out)] == ["before", "after"]
+    assert {"report.png", "trace.html", "metrics.jsonl", "step_2"} <= {path.name for path in out.iterdir()}
+    assert evaluations == [str(tmp_path / "model"), str(out / "step_2")]
+    shown = capsys.readouterr().out
+    assert "before" in shown and "after" in shown and "step    2" in shown
+    assert toy.main([*argv, "--gamma", "0.5"]) == 0 and len(evaluations) == 2  # finished: only shown
+    assert "after" in capsys.readouterr().out
+    assert toy.main([*argv, "--method", "grpo", "--seed", "3"]) == 0  # the start is evaluated once
+    assert evaluations[2:] == [str(tmp_path / "grpo-batch_size4-steps2-max_completion_length16-seed3" / "step_2")]
+    shutil.rmtree(out / "step_2")
+    before = (out / "results.json").read_bytes()
+    assert toy.main([*argv, "--gamma", "0.5"]) == 0 and (out / "results.json").read_bytes() == before
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model", "train.jsonl", "test.jsonl", "before-max_completion_length16", out.name,
+                    "grpo-batch_size4-steps2-max_completion_length16-seed3"}
+    assert len((tmp_path / "train.jsonl").read_text("utf-8").splitlines()) == 4000
+
+def test_the_toy_model_is_always_the_same_and_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "PRETRAIN_STEPS", 2)
+    models = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(threads)
+        toy.pretrain(tmp_path / f"model{threads}")
+        assert torch.get_num_threads() == 2  # sums depend on it, visibly so after more steps than these
+        models.append((tmp_path / f"model{threads}" / "model.safetensors").read_bytes())
+    torch.set_num_threads(1)
+    assert models[0] == models[1]
+    for flags in (["--gamma", "-1"], ["--resume", "x"], ["--toys", "x"], ["--method", "magic"]):
+        refused(capsys, ["--toy", tmp_path / "toy", *flags], flags[0], main=toy.main)
+    assert not (tmp_path / "toy").exists()

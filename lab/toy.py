@@ -1,0 +1,232 @@
+"""A laptop experiment: a tiny Qwen3, trained here from scratch to add numbers, improved by egrsd.py.
+
+    python -m lab.toy                                            # about 3 minutes on two cores
+    python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
+
+Something is left to learn: the toy's plain solutions hold slips and needless checks, those with a reference
+in the prompt hardly any, so the privileged view really knows better. Model and problems are made once, in
+--toy, the same ones for every seed. The same command again goes on where it stopped.
+"""
+import json, os, random, re, sys
+from pathlib import Path
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on busy cores spinning threads take ages
+import torch
+import torch.nn.functional as F
+import egrsd
+from lab import evaluate
+
+DIGITS, PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 3, 4000, 128, 220, 48
+FLAGS = dict(lr=2e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
+START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the accuracy before hangs on
+
+# ===================================== Problems and their solutions ======================================
+
+def columns(rng, a, b, slip):
+    """Column addition from the right; the chance of a slip in a digit, half are noticed -> text, sum."""
+    text, carry, total = "", 0, 0
+    for k in range(DIGITS):
+        x, y = a // 10**k % 10, b // 10**k % 10
+        left, right = f"{x}+{y}+{carry}=" if k else f"{x}+{y}=", x + y + carry
+        if rng.random() < slip:
+            wrong, noticed = max(0, right + rng.choice((-2, -1, 1, 2))), rng.random() < 0.5
+            text += f"{left}{wrong}. {rng.choice(('Wait', 'No'))}, " if noticed else ""
+            right = right if noticed else wrong
+        text += f"{left}{right}. "
+        carry = right // 10
+        total += right % 10 * 10**k
+    return text, total + carry * 10**DIGITS
+
+def solution(rng, a, b, slip, check):
+    """A worked addition that ends in its box; chances of a slip in a digit and of a needless check."""
+    text, total = columns(rng, a, b, slip)
+    if rng.random() < check:
+        text += rng.choice(("Check: ", "Again: ", "Let me check: ")) + columns(rng, a, b, 0)[0]
+    return f"{text}{rng.choice(('', 'So ', 'Hence '))}\\boxed{{{total}}}"
+
+def toy_problems(rng, count):
+    """`count` different additions, as rows of a data file."""
+    low, span = 10**(DIGITS - 1), 9 * 10**(DIGITS - 1)
+    pairs = [(low + n // span, low + n % span) for n in rng.sample(range(span**2), count)]
+    return [dict(problem=f"{a}+{b}", solution=solution(rng, a, b, 0, 0), answer=str(a + b)) for a, b in pairs]
+
+# =============================================== The model ===============================================
+
+def toy_tokenizer():
+    """Characters, and the sentences of the prompts as one token each; chat template, end of turn."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
+    names = "INSTRUCTION REFERENCE_BEGIN REFERENCE_END TRANSITION CONCISE"
+    sentences = [getattr(egrsd, name) for name in names.split()]
+    vocabulary = [*special, *sentences, "\n", *map(chr, range(32, 127))]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    core.add_special_tokens(special)
+    core.add_tokens(sentences)
+    template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>",
+                                   pad_token="<|end|>", chat_template=template)
+
+def batch(rng, tokenizer):
+    """(prompt ids, completion ids) to pre-train on, by length.
+
+    Of six prompts two hold a reference, with completions nearly free of slips, one asks to be concise."""
+    rows = []
+    for k, row in enumerate(toy_problems(rng, PRETRAIN_BATCH)):
+        turn, slip, check = egrsd.student_prompt(row), 0.2, 0.85
+        if k % 3 == 0:
+            turn, slip, check = egrsd.teacher_prompt(row), 0.02, 0.25
+        elif k % 6 == 1:
+            turn, check = egrsd.teacher_prompt(row, "crisp"), 0.25
+        a, b = map(int, row["problem"].split("+"))
+        completion = tokenizer(solution(rng, a, b, slip, check)).input_ids + [tokenizer.eos_token_id]
+        rows.append((egrsd.encode(tokenizer, turn, False), completion))
+    return sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+
+def summed_loss(model, rows):
+    """Cross-entropy of completions behind their prompts: one pass, padded on the right."""
+    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids = torch.tensor([[*row[0], *row[1]] + [0] * (longest - len(row[0]) - len(row[1])) for row in rows])
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    states = [each[len(prompt) - 1:len(prompt) + len(completion) - 1]
+              for each, (prompt, completion) in zip(states, rows)]
+    targets = torch.tensor(sum((completion for _, completion in rows), []))
+    return F.cross_entropy(model.get_output_embeddings()(torch.cat(states)), targets, reduction="sum")
+
+def orthogonalised(gradient):
+    """Muon's update by three Newton-Schulz steps. torch.optim.Muon does them in bf16, slow on most CPUs."""
+    x = gradient / gradient.norm()
+    for _ in range(3):
+        gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+        gram = 2.0315 * gram @ gram - 4.7750 * gram
+        x = 3.4445 * x + (gram @ x if len(gram) == len(x) else x @ gram)
+    return x * max(1, len(x) / x.shape[1])**0.5
+
+def new_model(tokenizer):
+    """A random Qwen3 of 0.3 M parameters."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, utils
+    utils.logging.disable_progress_bar()
+    end = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+        tie_word_embeddings=True, eos_token_id=end, pad_token_id=end, bos_token_id=None))
+
+def pretrain(folder):
+    """Trains the toy from scratch on worked additions: Muon for its matrices, AdamW for the rest."""
+    from tqdm import tqdm
+    tokenizer, rng = toy_tokenizer(), random.Random(0)
+    torch.set_num_threads(2)  # sums depend on it: one toy model, however the run is launched
+    model = new_model(tokenizer)
+    inner = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
+    outer = [p for name, p in model.named_parameters() if name not in inner]
+    momentum = {p: torch.zeros_like(p) for p in inner.values()}
+    optimizers = [torch.optim.SGD(inner.values(), lr=0.02), torch.optim.AdamW(outer, lr=6e-3)]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(
+        each, each.param_groups[0]["lr"], PRETRAIN_STEPS, pct_start=0.1, cycle_momentum=False)
+        for each in optimizers]
+    for _ in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
+        rows = batch(rng, tokenizer)
+        tokens = sum(len(completion) for _, completion in rows)
+        for part in rows[:PRETRAIN_BATCH // 2], rows[PRETRAIN_BATCH // 2:]:  # by length: less padding
+            (summed_loss(model, part) / tokens).backward()
+        for p, average in momentum.items():
+            p.grad = orthogonalised(p.grad.lerp(average.lerp_(p.grad, 0.05), 0.95))
+        for each in [*optimizers, *schedules]:
+            each.step()
+        model.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+# ============================================ The experiment =============================================
+
+def made(path, make, by_all=False):
+    """Makes what is not there yet, whole or not at all: make(folder or file to make), on rank 0 or on all."""
+    rank, there = egrsd.ranks()[0], egrsd.gather(path.exists())[0]
+    unfinished = Path(egrsd.gather(f"{path}.{os.getpid()}")[0])
+    if not there and (by_all or rank == 0):
+        make(unfinished)
+    egrsd.gather(None)
+    if rank == 0 and not path.exists():  # another run may have been faster
+        unfinished.rename(path)
+    egrsd.gather(None)
+    return path
+
+def write_problems(rows, file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+def make_toy(toy):
+    """A folder's test.jsonl, train.jsonl and model, where they are not there yet."""
+    rows = toy_problems(random.Random(0), HELD_OUT + PROBLEMS)
+    made(toy / "test.jsonl", lambda file: write_problems(rows[:HELD_OUT], file))
+    made(toy / "train.jsonl", lambda file: write_problems(rows[HELD_OUT:], file))
+    made(toy / "model", pretrain)
+
+def as_argv(flags):
+    """dict(gamma=0.3, thinking=False) -> ["--gamma=0.3", "--no-thinking"]."""
+    switches = {flag: flag if x else f"no-{flag}" for flag, x in flags.items() if isinstance(x, bool)}
+    return [f"--{switches.get(flag, f'{flag}={x}')}" for flag, x in flags.items()]
+
+def label(name, flags):
+    """A folder's name: "egrsd", dict(gamma=0.3, seed=0) -> egrsd-gamma0.3-seed0."""
+    words = [flag[2:].replace("=", "") for flag in as_argv(flags)]
+    return re.sub(r"[^\w.,-]+", "_", "-".join([name, *words]))
+
+def parse(argv):
+    """-> the toy's folder, the run's, the flags of the run, and those that the start's accuracy hangs on."""
+    parser = egrsd.Parser("lab.toy", description=__doc__.split("\n")[0], allow_abbrev=False,
+                          epilog="All other flags go to egrsd.py; see its --help.")
+    parser.add_argument("--toy", default="out/toy", help="folder of model and problems (default %(default)s)")
+    flags, rest = parser.parse_known_args(argv)
+    given, toy = egrsd.parse_flags(rest), Path(flags.toy)
+    egrsd.require("resume" not in given, "--resume: the same command again goes on by itself")
+    named = {flag: given[flag] for flag in vars(egrsd.Config()) if flag in given.keys() - {"out", "method"}}
+    named["seed"] = named.pop("seed", 0)  # the last word
+    start = {flag: named[flag] for flag in START if flag in named}
+    out = given.pop("out", toy / label(given.get("method", "egrsd"), named))
+    own = dict(model=str(toy / "model"), data=str(toy / "train.jsonl"))
+    return toy, Path(out), {**FLAGS, **own, **given}, start
+
+def evaluated(what, toy, folder, cfg):
+    """Four samples of each held-out problem; their line of results is in the folder afterwards."""
+    evaluate.run([str(what), str(toy / "test.jsonl"), *as_argv(dict(
+        out=folder, max_completion_length=cfg.max_completion_length, thinking=cfg.thinking, engine="hf",
+        dtype=cfg.dtype))])
+
+def experiment(argv):
+    """One command line: toy, evaluation before, run, evaluation after, results -> exit code."""
+    toy, out, flags, start = parse(argv)
+    flags["resume" if (out / "config.json").exists() else "out"] = str(out)
+    cfg = egrsd.configure(flags)
+    egrsd.validate(cfg)
+    egrsd.start_distributed()
+    first, last, results = egrsd.ranks()[0] == 0, out / f"step_{cfg.steps}", out / "results.json"
+    finished = last.exists() and results.exists()
+    make_toy(toy)
+    torch.set_num_threads(1)  # as under torchrun; matrices too small to share
+    if not finished:
+        before, after = toy / label("before", start), last / "eval"
+        made(before, lambda folder: evaluated(cfg.model, toy, folder, cfg), by_all=True)
+        code = egrsd.main(as_argv(flags))
+        if not last.exists():  # stopped, or gone wrong
+            return code
+        evaluated(last, toy, after, cfg)
+    if first and not finished:
+        rows = [json.loads((folder / "results.json").read_text("utf-8"))[0] for folder in (before, after)]
+        egrsd.write_json(results, [{**rows[0], "name": "before"}, {**rows[1], "name": "after"}])
+    if first:
+        evaluate.print_table(f"{out}, held-out additions", json.loads(results.read_text(encoding="utf-8")))
+    if first and not finished:
+        from lab import report
+        return report.main([str(out)])
+    return 0
+
+def main(argv=None):
+    """The command line -> exit code."""
+    return egrsd.as_program("lab.toy", experiment, argv)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
 import torch
 import egrsd
-from lab import evaluate, toy
+from lab import evaluate, report, toy
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 engines = pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)], scope="module")
@@ -497,3 +497,208 @@ def test_the_toy_model_is_always_the_same_and_user_errors_are_one_line(tmp_path,
     for flags in (["--gamma", "-1"], ["--resume", "x"], ["--toys", "x"], ["--method", "magic"]):
         refused(capsys, ["--toy", tmp_path / "toy", *flags], flags[0], main=toy.main)
     assert not (tmp_path / "toy").exists()
+
+# ------------------------------------------------------------------------------------------------ reports
+
+def write(folder, rollouts=(), metrics=None, results=(), **config):
+    """A run folder with these rollouts; metrics: as many steps, or rows."""
+    folder.mkdir(parents=True)
+    config = {**dict(model="a/model", data="d", out=str(folder), method="egrsd", gamma=1.0, window=3, lr=1e-4, seed=0,
+                     magnitude_clip=0.2, max_grad_norm=0.1, engine="hf"), **config}
+    metrics = metrics or [dict(step=1, length=4.0, grad_norm=0.2)]
+    lines = dict(metrics=metrics, rollouts=rollouts)
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(dict(config=config, ranks=1)), encoding="utf-8")
+    if results:
+        rows = [{"name": name, "avg@K": x, "length": y, "eff": 1000 * x / y} for name, (x, y) in
+                zip(("before", "after"), results)]
+        (folder / "results.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+IDLE, DOUBTS = ("hmm ", "okay ", "so ", "well ", "now "), (", wait: ", ", no: ")
+
+def rollout(rng, step, index):
+    """Idle words (forks), then digits (locks) with decisions (pivots) in between."""
+    tokens, entropy = [], []
+    for column in range(rng.randint(1, 4)):
+        for _ in range(8):
+            tokens.append(rng.choice(IDLE))
+            entropy.append(rng.uniform(0.9, 2.2))
+        for k in range(rng.randint(5, 9)):
+            tokens.append(rng.choice("0123456789+="))
+            entropy.append(rng.uniform(0, 0.06) if k % 3 else rng.uniform(0.1, 0.5))
+        tokens.append(rng.choice((". ", *DOUBTS)))
+        entropy.append(rng.uniform(0.5, 1.0))
+        tokens += "1+2="
+        entropy += [0.01, 0.0001234, 0.002, 0.03]
+    delta = [rng.gauss(0, 0.4) * h for h in entropy]
+    right = rng.random() < 0.5
+    return dict(step=step, index=index, problem="1+2", gold="3", prompt_ids=[1], teacher_ids=[1, 2],
+                completion_ids=[5] * len(tokens), completion="".join(tokens), truncated=False, correct=right,
+                reward=1.2 * right, advantage=right - 0.5, tokens=tokens, teacher_entropy=entropy,
+                student_entropy=entropy, delta=delta)
+
+def page_data(file):
+    block = file.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
+    return json.loads(block)
+
+def slow_figures(rows, gamma, window):
+    """{(figure, part): value} of one step, token by token."""
+    peak = max(1, max(h for row in rows for h in row["teacher_entropy"]))
+    tokens = []
+    for row in rows:
+        for t, h in enumerate(row["teacher_entropy"]):
+            ahead = min(row["teacher_entropy"][t:t + window + 1])
+            bare, gate = (min(1, max(0.1, 1 - gamma * x / peak)) for x in (h, ahead))
+            regime = "mid"
+            if h <= 0.08 * peak:
+                regime = "lock"
+            elif h >= 0.2 * peak and (ahead >= 0.2 * peak or ahead <= 0.08 * peak):
+                regime = "fork" if ahead >= 0.2 * peak else "pivot"
+            tokens.append((h, abs(row["delta"][t]), gate, gate - bare, regime))
+    tokens.sort(key=lambda token: token[0])
+    groups = {}
+    for k, token in enumerate(tokens):
+        groups.setdefault(k * 10 // len(tokens) + 1, []).append(token)
+        groups.setdefault(token[4], []).append(token)
+    figures = {}
+    for part, those in groups.items():
+        figures["share", part] = 100 * len(those) / len(tokens)
+        for name, k in (("delta", 1), ("gate", 2), ("restored", 3)):
+            figures[name, part] = sum(token[k] for token in those) / len(those)
+    return figures
+
+@pytest.mark.parametrize("window", [None, 0, 6])
+def test_decile_and_regime_figures_equal_a_slow_loop(tmp_path, window):
+    rng = random.Random(1)
+    rows = [rollout(rng, step, k) for step in (1, 2) for k in range(6)]
+    run = report.load_run(write(tmp_path / "run", rows, gamma=0.7), window, None)
+    means = report.token_means(run.sums, "step")
+    for step in (1, 2):
+        slow = slow_figures([row for row in rows if row["step"] == step], 0.7, 3 if window is None else window)
+        fast = means.loc[step]
+        assert len(fast) * 4 == len(slow) and len(fast) >= 13
+        for (name, part), value in slow.items():
+            assert fast.loc[part, name] == pytest.approx(value, abs=1e-9), (step, name, part)
+    pooled = report.token_means(run.sums.assign(all=0), "all").loc[0]  # over tokens, not a mean of step means
+    tokens = [sum(len(row["tokens"]) for row in rows if row["step"] == step) for step in (1, 2)]
+    shares = [means.loc[(step, "lock"), "share"] for step in (1, 2)]
+    assert pooled.loc["lock", "share"] == pytest.approx(sum(n * x for n, x in zip(tokens, shares)) / sum(tokens))
+
+def test_the_page_holds_what_the_run_logged_and_what_egrsd_computes_of_it(tmp_path, capsys):
+    rng = random.Random(2)
+    rows = [rollout(rng, step, k) for step in (1, 2, 3) for k in range(4)]
+    folder = write(tmp_path / "run", rows)
+    with open(folder / "rollouts.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"step": 4, "index": 0, "prob')  # torn
+    for flags, step in (([], 3), (["--step", "2"], 2)):
+        assert report.main([str(folder), *flags]) == 0
+        data, logged = page_data(folder / "trace.html"), [row for row in rows if row["step"] == step]
+        assert (data["step"], data["count"], data["window"], data["method"]) == (step, 4, 3, "egrsd")
+        for row, shown in zip(logged, data["rollouts"], strict=True):
+            assert shown["text"] == row["tokens"] and shown["reward"] == row["reward"]
+            assert shown["H"] == pytest.approx(row["teacher_entropy"], abs=5.1e-4)
+            for t, h in enumerate(row["teacher_entropy"]):
+                w = math.exp(math.copysign(1, row["advantage"]) * row["delta"][t])
+                assert shown["w"][t] == pytest.approx(min(1.2, max(0.8, w)), abs=5.1e-4)
+                assert shown["bare"][t] == pytest.approx(max(0.1, 1 - h / data["peak"]), abs=5.1e-4)
+                assert shown["ahead"][t] == min(shown["H"][t:t + 4])
+    printed = capsys.readouterr().out
+    shares = slow_figures(logged, 1.0, 3)
+    assert all(f"{shares['share', name]:.3g}" in printed for name in report.REGIMES)
+    assert [line.split()[0] for line in printed.splitlines() if "%  " in line] == ["lock", "fork", "pivot"] * 2
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+def test_hostile_text_stays_text_and_a_full_page_is_below_2_mb(tmp_path):
+    hostile, rng = "</script><img src=x onerror=alert(1)><!-- \u05e9\u2028 \ud83d & ", random.Random(3)
+    rows = []
+    for k in range(40):
+        entropy = [rng.random() * 2 for _ in range(1024)]
+        tokens = [" token", "<", "\U0001f600", hostile][k % 4 if k < 4 else 0:][:1] * 1024
+        rows.append({**rollout(rng, 1, k), "problem": hostile, "tokens": tokens if k else tokens[:1023] + [hostile],
+                     "teacher_entropy": entropy, "delta": entropy})
+    folder = write(tmp_path / "run", rows)
+    assert report.main([str(folder)]) == 0
+    text, template = (folder / "trace.html").read_text(), report.Path(report.__file__).with_name("trace.html")
+    data = page_data(folder / "trace.html")
+    assert 1e6 < (folder / "trace.html").stat().st_size < 2e6 and 25 < len(data["rollouts"]) < 36
+    assert data["rollouts"][0]["problem"] == hostile and data["rollouts"][0]["text"][-1] == hostile
+    plain = template.read_text(encoding="utf-8")
+    assert text.count("<") == plain.count("<") and "http" not in plain.replace("http-equiv", "")
+    assert "default-src 'none'" in plain and "RUN/trace.html" in plain
+
+def test_the_table_holds_mean_spread_and_the_difference_paired_by_seed(tmp_path, capsys):
+    after = {("rlsd", 2): 50.0, ("rlsd", 1): 40.0, ("egrsd", 1): 43.0, ("egrsd", 2): 57.0, ("egrsd", 3): 80.0}
+    folders = [write(tmp_path / f"{method}-{seed}", method=method, seed=seed, results=[(20.0, 80.0), (x, 50.0)],
+                     model=f"{method}/model") for (method, seed), x in after.items()]
+    assert report.main([*map(str, folders), "--out", str(tmp_path / "all")]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "|" in line] == [
+        "| setting | seeds | avg@K | gain | length | eff | minus rlsd |", "| --- | --- | --- | --- | --- | --- | --- |",
+        "| before |  | 20.0 |  | 80.0 | 250.0 |  |",
+        "| rlsd | 2 | 45.0 ± 7.1 | 25.0 ± 7.1 | 50.0 ± 0.0 | 900.0 ± 141.4 |  |",
+        "| egrsd, gamma 1.0, window 3 | 3 | 60.0 ± 18.7 | 40.0 ± 18.7 | 50.0 ± 0.0 | 1200.0 ± 373.6 | 5.0 ± 2.0 (2) |"]
+
+def test_a_grid_of_gammas_and_windows_is_printed_and_drawn_also_with_a_hole(tmp_path, capsys, monkeypatch):
+    from matplotlib.axes import Axes
+    drawn, real = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda axis, x, y, text, **k: drawn.append((x, y, text)) or real(axis, x, y, text, **k))
+    folders = [write(tmp_path / f"{gamma} {window}", gamma=gamma, window=window, results=[(1.0, 9.0), (10 * gamma + window, 9.0)])
+               for gamma, window in ((0.5, 5), (1.0, 0), (1.0, 5))]
+    assert report.main([*map(str, folders), "--out", str(tmp_path / "all")]) == 0
+    grid = ["| gamma | W = 0 | W = 5 |", "| --- | --- | --- |", "| 0.5 |  | 10.0 |", "| 1.0 | 10.0 | 15.0 |"]
+    assert "\n".join(grid) in capsys.readouterr().out
+    assert [each for each in drawn if each[2] in ("10.0", "15.0")] == [(1, 0, "10.0"), (0, 1, "10.0"), (1, 1, "15.0")]
+    other = write(tmp_path / "other", lr=1.0, gamma=0.5, window=0, results=[(1.0, 9.0), (7.0, 9.0)])  # not gamma, W alone
+    assert report.main([*map(str, folders), str(other), "--out", str(tmp_path / "all")]) == 0
+    printed = capsys.readouterr().out
+    assert "| gamma" not in printed and "| egrsd, gamma 0.5, window 0, lr 1.0 | 1 |" in printed
+
+def test_runs_that_lack_something_are_drawn(tmp_path, capsys):
+    rng = random.Random(4)
+    sft = [{"step": 1, "index": 0, "problem": "p", "tokens": ["a"]}]
+    broken = {**rollout(rng, 2, 0), "teacher_entropy": [math.nan] * 2, "delta": [0.1, 0.2], "tokens": ["a", "b"]}
+    empty = {**rollout(rng, 1, 1), "teacher_entropy": [], "delta": [], "tokens": []}
+    steps = [dict(step=k, length=1.0, grad_norm=0.1, reward=1.0, engine_gap_max=0.0) for k in (1, 2, 3)]
+    runs = [write(tmp_path / "sft", sft, method="sft"), write(tmp_path / "grpo", [rollout(rng, 1, 0)], steps, method="grpo"),
+            write(tmp_path / "skipped", [rollout(rng, 1, 0), empty, broken], steps)]
+    (runs[1] / "rollouts.jsonl").unlink()
+    for some in ([runs[0]], [runs[1]], [runs[2]], runs):
+        out = tmp_path / f"out{len(some)}{some[0].name}"
+        assert report.main([*map(str, some), "--out", str(out)]) == 0
+        assert (out / "report.png").exists() and (out / "trace.html").exists() == (some == [runs[2]])
+    assert len(page_data(tmp_path / "out1skipped" / "trace.html")["rollouts"]) == 1
+
+def evaluation(folder, asked, verdicts):
+    folder.mkdir()
+    rows = [dict(benchmark=name, problem_id=p, sample=k, correct=x == "1") for name, problems in verdicts.items()
+            for p, word in enumerate(problems.split()) for k, x in enumerate(word)]
+    for rank in (0, 1):
+        (folder / f"rank_{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[rank::2]))
+    (folder / "settings.json").write_text(json.dumps(dict(problems=asked)))
+    return str(folder)
+
+def test_evaluations_are_compared_paired_by_problem(tmp_path, capsys):
+    base = evaluation(tmp_path / "base", dict(a="1", b="2", c="3"), dict(a="10 00 11", b="00 11", c="11"))
+    trained = evaluation(tmp_path / "trained", dict(a="1", b="2", c="4"), dict(a="11 00 11", b="00 10", c="00"))
+    assert report.main([base, trained]) == 0
+    title, _, *lines = capsys.readouterr().out.splitlines()[:6]
+    a, b = 50 / 3, -25  # of gaps 50, 0, 0 and 0, -50
+    error_a, error_b = math.sqrt(((50 - a) ** 2 + 2 * a ** 2) / 2 / 3), 25
+    assert title == f"{trained} minus {base}, points"
+    assert [line.split() for line in lines if line[:2] in ("a ", "b ", "Av")] == [
+        ["a", f"{a:.2f}", f"{error_a:.2f}", "3"], ["b", f"{b:.2f}", f"{error_b:.2f}", "2"],
+        ["Avg.", f"{(a + b) / 2:.2f}", f"{math.hypot(error_a, error_b) / 2:.2f}", "5"]]
+
+def test_errors_are_one_line(tmp_path, capsys):
+    run, empty = write(tmp_path / "run", [rollout(random.Random(5), 1, 0)]), write(tmp_path / "empty")
+    (empty / "metrics.jsonl").write_text("")
+    first = evaluation(tmp_path / "first", dict(a="1"), dict(a="10"))
+    other = evaluation(tmp_path / "other", dict(a="2"), dict(a="10"))
+    for argv, said in (([empty], "no step is finished"), ([tmp_path], "neither"), ([tmp_path / "none"], "neither"),
+                       ([run, first], "mixed"), ([first], "another"), ([first, other], "no problems in common"),
+                       ([run, "--step", "9"], "no rollouts of step 9"), ([run, "--window", "-1"], "--window -1"),
+                       ([run, empty, "--step", "1"], "--step")):
+        assert report.main(list(map(str, argv))) == 2, argv
+        out, err = capsys.readouterr()
+        assert err.startswith("lab.report: ") and err.count("\n") == 1 and said in err and not out, err

@@ -78,61 +78,8 @@ class Config:
 
 SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollouts
 
-class UserError(Exception):
-    """Something the user can mend: one line on stderr, exit code 2."""
-
-def require(condition, message):
-    if not condition:
-        raise UserError(message)
-
-def one_line(error):
-    """The message of any library's exception, short and without line breaks."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
-
-@contextlib.contextmanager
-def blamed_on(what):
-    """Whatever breaks inside, about a file or folder that the user named, ends as one line."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # libraries raise all kinds: OSError, ValueError, ImportError, jinja2's ...
-        raise UserError(f"{what} ({one_line(error)})") from error
-
-def ranks():
-    """This process's rank, its rank on its node, and the number of ranks; 0, 0, 1 without torchrun."""
-    named = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
-    rank, local_rank, world = (int(os.environ.get(name, value)) for name, value in named.items())
-    if dist.is_initialized():
-        return dist.get_rank(), local_rank, dist.get_world_size()
-    return rank, local_rank, world
-
-def start_distributed():
-    """One process group, with or without torchrun, or the one that exists -> this rank's device."""
-    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    os.environ.update(alone | os.environ)
-    cuda, local_rank = torch.cuda.is_available(), ranks()[1]
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    if not dist.is_initialized():  # gloo carries figures, nccl gradients; a download may take its time
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-
-def leave_group():
-    """Ends this process's part in the process group, if there is one, and vLLM, which lives in it."""
-    if VllmEngine.running:
-        VllmEngine.running.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-def gather(value):
-    """Every rank's value in rank order, over gloo. Raises RuntimeError when a rank has died."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
 # ============================================ 2. The method ==============================================
-# Pure functions, tensors in, tensors out. Direction, magnitude, confidence, and the methods made of them.
+# Direction, magnitude, confidence, and the methods made of them: tensors in, tensors out.
 # T: tokens of one rollout, B: rollouts, V: vocabulary. Log-probs and entropies are in nats, float32.
 
 STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first different one explode
@@ -169,9 +116,7 @@ class Welford:
 
 def running_advantage(rewards, stats, warming_up):
     """A = (r - mean) / max(std, 0.1) of all earlier steps, Eq. (9); r - 0.5 in the warm-up. (B,) -> (B,)."""
-    if warming_up:
-        return rewards - 0.5
-    return (rewards - stats.mean) / max(stats.std, STD_FLOOR)
+    return rewards - 0.5 if warming_up else (rewards - stats.mean) / max(stats.std, STD_FLOOR)
 
 def group_advantage(rewards, group):
     """GRPO: A = (r - mean_g) / (std_g + 1e-4) over `group` neighbours. rewards (B,) -> (B,)."""
@@ -186,7 +131,7 @@ def magnitude(delta, direction, clip=0.2):
 def lookahead_min(entropy, window):
     """H^CL_t = min(H_t .. H_min(t+W, T)), Eq. (8). entropy (T,) nats, window W in tokens -> (T,) nats."""
     window = min(window, entropy.shape[-1])
-    padded = F.pad(entropy, (0, window + 1), value=math.inf)  # one more than needed, for T = 0
+    padded = F.pad(entropy, (0, window + 1), value=math.inf)  # one more, or T = 0 would have no window
     return padded.unfold(-1, window + 1, 1).amin(-1)[..., :-1]
 
 def confidence_gate(entropy, max_entropy, gamma, window=0):
@@ -196,7 +141,6 @@ def confidence_gate(entropy, max_entropy, gamma, window=0):
 
 def entropy_routing(delta, entropy):
     """DASD: tanh((tau - H) / scale) tanh(delta), (T,): to the teacher where the student is sure, else away.
-
     delta, student entropy: (T,) nats. The abstract fixes no more than this routing; the formula is our
     reading: tau is the rollout's 80 % quantile, scale the mean distance from it."""
     tau = entropy.quantile(0.8)
@@ -211,8 +155,31 @@ def reverse_kl(log_p, teacher_log_p):
     """Each vocabulary entry's part of KL(p_theta || p_T). Log-probs (T, V) -> (T, V) nats."""
     return log_p.exp() * (log_p - teacher_log_p)
 
+@dataclasses.dataclass
+class Rollout:
+    """One completion and what the step learns about it; token tensors are (T,), unpadded."""
+    index: int  # place in the step's batch
+    row: dict  # problem, solution, gold
+    prompt_ids: list  # what the student sees before the completion
+    teacher_ids: list  # what the teacher sees before it
+    completion_ids: list = ()
+    completion: str = ""
+    truncated: bool = False
+    correct: float = 0.0
+    reward: float = 0.0
+    advantage: float = 0.0
+    sampler_logp: torch.Tensor = None  # nats, from the engine
+    teacher_hidden: torch.Tensor = None  # (T, d), while a divergence needs it
+    teacher_logp: torch.Tensor = None  # nats
+    teacher_entropy: torch.Tensor = None  # nats
+    student_entropy: torch.Tensor = None  # nats
+    delta: torch.Tensor = None  # nats
+    magnitude: torch.Tensor = None
+    gate: torch.Tensor = None
+    engine_gap: torch.Tensor = None  # nats, |log p of the engine - log p of the trainer|, temperature 1
+
 # The paper's Table 1: what multiplies log p_theta(y_t), or a divergence, in L = -(1/N) sum weight_t value_t.
-# r is a Rollout: its advantage is a number, its token fields are (T,). Your own method is one line here.
+# r is a Rollout. Your own method is one line here.
 TOKEN_WEIGHT = {
     "sft": lambda r: 1.0,  # y is the reference solution: no rollouts, no teacher
     "grpo": lambda r: r.advantage,  # direction alone
@@ -220,8 +187,7 @@ TOKEN_WEIGHT = {
     "opsd": lambda r: -1.0,  # Eq. (1): down the divergence, right answer or wrong
     "crisp": lambda r: -1.0,  # D8: from a teacher told to be concise, which has not seen the solution
     "dasd": lambda r: r.advantage + DASD_BETA * entropy_routing(r.delta, r.student_entropy),
-    "egrsd": lambda r: r.advantage * r.magnitude * r.gate,  # Eq. (7)
-}
+    "egrsd": lambda r: r.advantage * r.magnitude * r.gate}  # Eq. (7)
 DIVERGENCE = {"opsd": forward_kl, "crisp": reverse_kl}  # D9: averaged over the N tokens; Eq. (1) is a sum
 
 # ================================== 3. From hidden states to log-probs ===================================
@@ -233,24 +199,22 @@ HEAD_CHUNK = 256  # tokens whose float32 logits over the vocabulary exist at a t
 
 def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=None, kl_clip=0.0,
                temperature=LOGP_TEMPERATURE):
-    """hidden (T, d), head_weight (V, d), targets (T,) -> value, log p(y_t), H_t: (T,), nats, float32 up.
-
+    """hidden (T, d), head_weight (V, d), targets (T,) -> value, log p(y_t), H_t: (T,), nats.
     Only value has a gradient, and only to hidden. It is log p(y_t) or, with a function of DIVERGENCE and
     the teacher's hidden states (T, d), that divergence; kl_clip > 0 is the most that an entry adds to it."""
     learning = hidden.requires_grad and torch.is_grad_enabled()
-    # bf16 logits would put 1e-2 nats of noise into delta
-    weight = head_weight.to(torch.promote_types(hidden.dtype, torch.float32))
-    precision, chunks = torch.get_float32_matmul_precision(), []
+    exact = torch.promote_types(hidden.dtype, torch.float32)  # bf16 logits: 1e-2 nats of noise in delta
+    weight, chunks, precision = head_weight.to(exact), [], torch.get_float32_matmul_precision()
     if head_weight.is_cuda and head_weight.dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")  # TF32: exact for bf16, but not for rotary angles
     with torch.autocast(hidden.device.type, enabled=False), torch.set_grad_enabled(learning):
         for start in range(0, max(len(hidden), 1), HEAD_CHUNK):  # once for T = 0, too
             part = slice(start, start + HEAD_CHUNK)
-            states = hidden[part].detach().to(weight.dtype).requires_grad_(learning)
+            states = hidden[part].detach().to(exact).requires_grad_(learning)
             log_p = log_probs(states, weight, temperature)
             value = logp = log_p.gather(1, targets[part, None])[:, 0]
             if divergence:
-                teacher_log_p = log_probs(teacher_hidden[part].to(weight.dtype), weight, temperature)
+                teacher_log_p = log_probs(teacher_hidden[part].to(exact), weight, temperature)
                 entries = divergence(log_p, teacher_log_p)
                 value = (entries.clamp(max=kl_clip) if kl_clip else entries).sum(-1)
             jacobian = torch.autograd.grad(value.sum(), states)[0] if learning else torch.zeros_like(states)
@@ -259,8 +223,7 @@ def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=Non
             chunks.append((value.detach(), logp.detach(), entropy, jacobian))
     torch.set_float32_matmul_precision(precision)
     value, logp, entropy, jacobian = map(torch.cat, zip(*chunks))
-    if learning:
-        value = value + ((hidden - hidden.detach()) * jacobian).sum(-1)  # plus nothing, and the gradient
+    value = value + ((hidden - hidden.detach()) * jacobian).sum(-1)  # plus 0, which has the gradient
     return value, logp, entropy
 
 def log_probs(states, weight, temperature):
@@ -271,7 +234,53 @@ def logp_and_entropy(hidden, head_weight, targets):
     """log p(y_t), with its gradient to hidden, and H_t, Eq. (4). (T, d), (V, d), (T,) -> (T,), (T,) nats."""
     value, _, entropy = head_terms(hidden, head_weight, targets)
     return value, entropy
-# ========================================= 4. Data and prompts ===========================================
+
+# ========================================= 4. Errors and ranks ===========================================
+
+class UserError(Exception):
+    """Something the user can mend: one line on stderr, exit code 2."""
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+@contextlib.contextmanager
+def blamed_on(what, kind=UserError):
+    """Whatever breaks inside ends as one line about `what`, a file or folder that the user named."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # libraries raise all kinds: OSError, ValueError, ImportError, jinja2's ...
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise kind(f"{what} ({reason})") from error
+
+def ranks():
+    """This process's rank, its rank on its node, and the number of ranks; 0, 0, 1 without torchrun."""
+    alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+    rank, local_rank, world = (int(os.environ.get(name, value)) for name, value in alone.items())
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    return rank, local_rank, world
+
+def start_distributed():
+    """One process group, with or without torchrun, or the one that exists -> this rank's device."""
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(alone | os.environ)  # torchrun's where it set them
+    cuda, local_rank = torch.cuda.is_available(), ranks()[1]
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():  # gloo carries figures, nccl gradients; a download may take its time
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+def gather(value):
+    """Every rank's value in rank order, over gloo. Raises RuntimeError when a rank has died."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+# ========================================= 5. Data and prompts ===========================================
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 REFERENCE_BEGIN, REFERENCE_END = "=== Reference solution begins ===", "=== Reference solution ends ==="
@@ -295,24 +304,23 @@ def templated(tokenizer, turns, **options):
 
 def encode(tokenizer, user_turn, thinking):
     """Ids of a user turn and the header that opens the answer; plain text where there is no chat template."""
-    text, name, plain = f"{user_turn}\n\n", tokenizer.name_or_path, not tokenizer.chat_template
-    if not plain:
-        turns = [{"role": "user", "content": user_turn}]
-        text = templated(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking)
-        shown = user_turn.strip() in text  # some templates expect content as a list
-        require(shown, f"{name}: its chat template does not show the problem")
-    ids = tokenizer(text, add_special_tokens=plain).input_ids
-    require(ids, f"{name}: its tokenizer makes nothing of the problem; is it whole?")
-    return ids[:-1] if plain and ids[-1] == tokenizer.eos_token_id else ids  # nobody answers behind an end
+    if not tokenizer.chat_template:
+        ids = tokenizer(f"{user_turn}\n\n").input_ids
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # nobody answers behind an end
+    turns = [{"role": "user", "content": user_turn}]
+    text = templated(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking)
+    require(user_turn.strip() in text,  # some templates expect content as a list
+            f"{tokenizer.name_or_path}: its chat template does not show the problem")
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 def turn_end(tokenizer):
     """Id of the token with which the chat template closes an assistant's turn, else of the eos token."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
         closing = templated(tokenizer, turns).rpartition("ANSWER")[2]
-        for token in tokenizer(closing, add_special_tokens=False).input_ids[:1]:
-            if token in tokenizer.added_tokens_decoder:
-                return token
+        ids = tokenizer(closing, add_special_tokens=False).input_ids
+        if ids and ids[0] in tokenizer.added_tokens_decoder:
+            return ids[0]
     return tokenizer.eos_token_id
 
 def reference_ids(tokenizer, row):
@@ -327,15 +335,13 @@ def shortest(value):
     """A number as text; a float as in its own precision: 0.1, also where float32 made 0.10000000149 of it."""
     if isinstance(value, float):
         short = float(f"{value:.7g}")
-        single = math.isfinite(value) and torch.tensor(short).item() == value
-        value = short if single else float(f"{value:.15g}")
+        value = short if torch.tensor(short).item() == value else float(f"{value:.15g}")
     return str(value).strip()
 
 def gold_answer(row):
     """The gold answer of a data row as text, or None where there is none, or only a word that says so.
-
     D13: what follows ####, else column Answer or answer, else the boxes of the line with the last one."""
-    values = [row.get(name) for name in ("Answer", "answer")]
+    values = row.get("Answer"), row.get("answer")
     found = [shortest(value) for value in values if type(value) in (str, int, float)]
     worked = [text.rpartition("####")[2].strip() for text in found if "####" in text]
     boxed = ", ".join(dict.fromkeys(boxes(str(row.get("solution") or ""))))
@@ -351,11 +357,11 @@ def read_rows(path, subset, split):
             for number, line in enumerate(file, 1):
                 line = line.strip("\ufeff \t\r\n")  # a byte order mark, even one a line
                 with blamed_on(f"{path}, line {number}: not a JSON object"):
-                    yield dict(json.loads(line or "{}"))
+                    row = dict(json.loads(line or "{}"))
+                yield row
     elif path.endswith(".parquet"):
-        from pyarrow import parquet  # comes with datasets, which would read brackets in a path as a pattern
-        with open(path, "rb") as file:
-            yield from parquet.read_table(file).to_pylist()
+        from pyarrow.parquet import ParquetFile  # datasets would read brackets in a path as a pattern
+        yield from ParquetFile(path).read().to_pylist()
     else:
         from datasets import load_dataset
         yield from load_dataset(path, subset, split=split)
@@ -366,19 +372,18 @@ def usable(text):
 
 def load_problems(path, subset=None, split="train", solved=True):
     """Data file or hub id -> list of {problem, solution, gold}, all text; rows without all three are dropped.
-
     Problems to be evaluated on (solved=False) need no solution. Raises UserError: file, line or columns."""
-    local = path.endswith((".jsonl", ".parquet"))
-    found = Path(path).is_file() if local else not Path(path).is_file() and not set("[]*?") & set(path)
-    require(found, f"{path}: no such .jsonl or .parquet file, and no hub id")
+    local, pattern = path.endswith((".jsonl", ".parquet")), set("[]*?") & set(path)
+    require(Path(path).is_file() == local and (local or not pattern),
+            f"{path}: no such .jsonl or .parquet file, and no hub id")
     problems, columns, count = [], set(), 0
     with blamed_on(f"{path}: cannot be read"):
         for row in filter(None, read_rows(path, subset, split)):
             count += 1
             columns.update(row)
             worked = row.get("answer") if "####" in str(row.get("answer")) else None  # GSM8K
-            problem, solution = row.get("problem") or row.get("question"), row.get("solution") or worked
-            problem = dict(problem=problem, solution=solution, gold=gold_answer(row))
+            problem = dict(problem=row.get("problem") or row.get("question"),
+                           solution=row.get("solution") or worked, gold=gold_answer(row))
             if all(usable(text) for name, text in problem.items() if solved or name != "solution"):
                 problems.append(problem)
     needs = "problem, solution and gold answer" if solved else "problem and gold answer"
@@ -386,19 +391,19 @@ def load_problems(path, subset=None, split="train", solved=True):
     require(problems, f"{path}: none of its {count} rows has {needs}; columns: {columns}; "
             "accepted: problem or question, solution or answer with ####, Answer, answer or box")
     if ranks()[0] == 0:
-        dropped = f"{count - len(problems):,} rows without {needs} dropped"
-        print(f"data       {len(problems):,} problems from {path}, {dropped}", flush=True)
+        print(f"data       {len(problems):,} problems from {path}, "
+              f"{count - len(problems):,} rows without {needs} dropped", flush=True)
     return problems
 
 def draw(problems, tokenizer, cfg, state, count):
     """The next `count` (row, student's ids, teacher's ids) from state["position"] on.
-
     One seeded permutation an epoch, the same on all ranks. Rows that do not fit into max_length are passed
     over and counted in state["too_long"]."""
-    drawn, misses = [], 0
+    drawn, end = [], state["position"] + 2 * len(problems)  # a whole epoch lies before it
     teacher_thinks = dict(same=cfg.thinking, on=True, off=False)[cfg.teacher_thinking]
     while len(drawn) < count:
-        require(misses < len(problems), f"--max_length {cfg.max_length}: too short for every problem")
+        require(drawn or state["position"] < end,
+                f"--max_length {cfg.max_length}: too short for every problem")
         epoch, place = divmod(state["position"], len(problems))
         generator = torch.Generator().manual_seed(rollout_seed(cfg.seed, epoch, 0))
         row = problems[torch.randperm(len(problems), generator=generator)[place]]
@@ -407,19 +412,18 @@ def draw(problems, tokenizer, cfg, state, count):
         length = len(teacher) + cfg.max_completion_length
         if cfg.method == "sft":
             length = len(student) + len(reference_ids(tokenizer, row))
-        fits = length <= cfg.max_length
-        if fits:
-            drawn.append((row, student, teacher))
-        misses = 0 if fits else misses + 1
         state["position"] += 1
-        state["too_long"] += not fits
+        if length <= cfg.max_length:
+            drawn.append((row, student, teacher))
+        else:
+            state["too_long"] += 1
     return drawn
 
 def rollout_seed(seed, step, index):
     """A rollout's random state is a function of (seed, step, index in batch): nothing to store, any ranks."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:7], "big")
 
-# ============================================== 5. Grading ===============================================
+# ============================================== 6. Grading ===============================================
 
 TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"
 UNIT = rf"((?:{TEXT}|\\%|(?<=\d)_\{{\d+\}})(?:{TEXT}|\^\{{-?\d\}}|\\cdot(?=\\text)|/)*)"
@@ -615,32 +619,9 @@ def grade(completion, gold):
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
-# ================================= 6. The model: load, teach and learn ===================================
+# ================================= 7. The model: load, teach and learn ===================================
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-@dataclasses.dataclass
-class Rollout:
-    """One completion and what the step learns about it; token tensors are (T,), unpadded."""
-    index: int  # place in the step's batch
-    row: dict  # problem, solution, gold
-    prompt_ids: list  # what the student sees before the completion
-    teacher_ids: list  # what the teacher sees before it
-    completion_ids: list = ()
-    completion: str = ""
-    truncated: bool = False
-    correct: float = 0.0
-    reward: float = 0.0
-    advantage: float = 0.0
-    sampler_logp: torch.Tensor = None  # nats, from the engine
-    teacher_hidden: torch.Tensor = None  # (T, d), while a divergence needs it
-    teacher_logp: torch.Tensor = None  # nats
-    teacher_entropy: torch.Tensor = None  # nats
-    student_entropy: torch.Tensor = None  # nats
-    delta: torch.Tensor = None  # nats
-    magnitude: torch.Tensor = None
-    gate: torch.Tensor = None
-    engine_gap: torch.Tensor = None  # nats, |log p of the engine - log p of the trainer|, temperature 1
 
 def load_tokenizer(path):
     """-> tokenizer, sorted ids that end a turn, by the word of tokenizer, chat template and both configs."""
@@ -650,10 +631,13 @@ def load_tokenizer(path):
     with blamed_on(f"model {path}: no model there"):
         tokenizer, configs = AutoTokenizer.from_pretrained(path), [AutoConfig.from_pretrained(path)]
     require(tokenizer.eos_token_id is not None, f"model {path}: its tokenizer has no eos_token")
+    ids = tokenizer(INSTRUCTION, add_special_tokens=False).input_ids
+    require(ids, f"model {path}: its tokenizer makes nothing of a text; is it whole?")
     with contextlib.suppress(OSError):  # a model need not have one
         configs.append(GenerationConfig.from_pretrained(path))
     ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
-    for ids in [getattr(config, "eos_token_id", None) for config in configs]:
+    for config in configs:
+        ids = getattr(config, "eos_token_id", None)
         ends.update(ids if isinstance(ids, list) else [ids])
     return tokenizer, sorted(ends - {None})
 
@@ -699,8 +683,18 @@ def adapter_params(model, which):
     place = f".{which}."
     return {name.replace(place, "."): p for name, p in model.named_parameters() if place in name}
 
+def save_adapter(model, folder, dtype=torch.float32):
+    """The student's adapter as PEFT and vLLM load it."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True, exist_ok=True)
+    model.peft_config["default"].save_pretrained(folder)
+    weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+
 def follow(model, fraction):
-    """Moves the teacher's adapter, if it has one, this fraction of the way to the student's: 1 copies."""
+    """Moves the teacher's adapter, if there is one, this fraction of the way to the student's: 1 copies."""
     student = adapter_params(model, "default")
     for name, p in adapter_params(model, "teacher").items():
         p.data.lerp_(student[name].data, fraction)  # D11: an average of the LoRA factors, not their products
@@ -715,65 +709,67 @@ def autocast(model):
     """bf16 autocast if and only if the base is bf16."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
 
-def completion_hidden(model, rollouts, view):
-    """States that predict the completions behind their `view`, prompt_ids or teacher_ids: a list of (T_i, d).
+def train_mode(model, checkpointing):
+    """Transformers recomputes activations in layers that train: their own flag alone, so no dropout is on."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    for module in model.modules():
+        module.training = checkpointing and isinstance(module, GradientCheckpointingLayer)
 
-    One pass, padded on the right, no mask: exact for a causal model. State p predicts token p + 1; that shift
-    is here and nowhere else."""
-    rows = [[*getattr(r, view), *r.completion_ids] for r in rollouts]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-    with autocast(model):
-        trunk = model.get_base_model().base_model  # transformers' word for the model without its head
-        hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
-    starts = [len(getattr(r, view)) - 1 for r in rollouts]
-    return [states[start:start + len(r.completion_ids)] for states, start, r in zip(hidden, starts, rollouts)]
+def head_of(model):
+    """The frozen head (V, d), which LoRA never adapts."""
+    return model.get_output_embeddings().weight.detach()
 
-def passes(rollouts, view, micro_batch):
-    """Rollouts in lists, one a forward pass, micro_batch in each; the longest first, so little is padding."""
+def passes(model, rollouts, view, micro_batch):
+    """Forward passes over `view`, prompt_ids or teacher_ids, and completion, micro_batch rollouts in each.
+    Yields a pass as [(rollout, states that predict its completion (T, d), completion (T,))], the longest
+    first, so little is padding: on the right, without a mask, exact for a causal model."""
     by_length = sorted(rollouts, key=lambda r: len(getattr(r, view)) + len(r.completion_ids), reverse=True)
-    return [by_length[start:start + micro_batch] for start in range(0, len(rollouts), micro_batch)]
-
-def head_of(model, r):
-    """The frozen head (V, d), which LoRA never adapts, and a rollout's completion (T,)."""
-    return model.get_output_embeddings().weight.detach(), torch.tensor(r.completion_ids, device=model.device)
+    for first in range(0, len(rollouts), micro_batch):
+        some = by_length[first:first + micro_batch]
+        rows = [[*getattr(r, view), *r.completion_ids] for r in some]
+        ids = torch.tensor([row + [0] * (len(rows[0]) - len(row)) for row in rows], device=model.device)
+        with autocast(model):
+            trunk = model.get_base_model().base_model  # transformers' word for the model without its head
+            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+        shares = []
+        for k, r in enumerate(some):
+            start, end = len(getattr(r, view)), len(rows[k])  # state p predicts token p + 1: the only shift
+            shares.append((r, hidden[k, start - 1:end - 1], ids[k, start:end]))
+        yield shares
 
 def teach(model, rollouts, cfg):
     """Teacher pass, Eq. (4), no gradient: fills teacher_logp and teacher_entropy -> their largest, in nats.
-
     The teacher sees the reference solution (crisp: an instruction). It is the base, adapter off, or where it
     follows the student its own adapter. grpo needs none of this but logs it."""
     frozen = cfg.teacher == "frozen"
     if not frozen:
         model.set_adapter("teacher")
     with torch.no_grad(), model.disable_adapter() if frozen else contextlib.nullcontext():
-        for some in passes(rollouts, "teacher_ids", cfg.micro_batch):
-            for r, hidden in zip(some, completion_hidden(model, some, "teacher_ids")):
-                _, r.teacher_logp, r.teacher_entropy = head_terms(hidden, *head_of(model, r))
+        for some in passes(model, rollouts, "teacher_ids", cfg.micro_batch):
+            for r, hidden, targets in some:
+                _, r.teacher_logp, r.teacher_entropy = head_terms(hidden, head_of(model), targets)
                 r.teacher_hidden = hidden if cfg.method in DIVERGENCE else None
     model.set_adapter("default")  # a backward pass under another adapter would silently give no gradient
     return torch.cat([r.teacher_entropy for r in rollouts]).max().item()
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
-    """Student pass and backward, Eq. (2, 6, 7): adds these rollouts' share of the gradient -> that of L.
-
+    """Student pass and backward, Eq. (2, 6, 7): adds this rank's share of the gradient -> its share of L.
     max_entropy (nats) and tokens N are of all ranks. The gradient flows through value alone. w and omega are
     computed for every method with a teacher; those that ignore them log them."""
     total = 0.0
     train_mode(model, cfg.grad_checkpoint)
-    for some in passes(rollouts, "prompt_ids", cfg.micro_batch):
+    for some in passes(model, rollouts, "prompt_ids", cfg.micro_batch):
         loss = 0.0
-        for r, hidden in zip(some, completion_hidden(model, some, "prompt_ids")):
-            weight, targets = head_of(model, r)
+        for r, hidden, targets in some:
             value, logp, r.student_entropy = head_terms(
-                hidden, weight, targets, r.teacher_hidden, DIVERGENCE.get(cfg.method), cfg.kl_clip)
+                hidden, head_of(model), targets, r.teacher_hidden, DIVERGENCE.get(cfg.method), cfg.kl_clip)
             if cfg.method != "sft":
                 r.delta = r.teacher_logp - logp
                 direction = (r.advantage > 0) - (r.advantage < 0)  # the sign of A_i
                 r.magnitude = magnitude(r.delta, direction, cfg.magnitude_clip)
                 r.gate = confidence_gate(r.teacher_entropy, max_entropy, cfg.gamma, cfg.window)
                 if LOGP_TEMPERATURE != 1:
-                    logp = head_terms(hidden.detach(), weight, targets, temperature=1)[1]
+                    logp = head_terms(hidden.detach(), head_of(model), targets, temperature=1)[1]
                 r.engine_gap = (r.sampler_logp.to(logp) - logp).abs()
             loss = loss - (TOKEN_WEIGHT[cfg.method](r) * value).sum() / tokens
             r.teacher_hidden = None
@@ -782,13 +778,7 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
     train_mode(model, False)
     return total
 
-def train_mode(model, checkpointing):
-    """Transformers recomputes activations in layers that train: their own flag alone, so no dropout is on."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    for module in model.modules():
-        module.training = checkpointing and isinstance(module, GradientCheckpointingLayer)
-
-# ============================================= 7. Rollouts ===============================================
+# ============================================= 8. Rollouts ===============================================
 # Two engines with the same two methods. sync(model, step): sample from now on with the model's adapter.
 # generate(prompts, seeds, ...): yields (index, completion ids up to the end token, raw log p (T,) nats).
 
@@ -811,14 +801,13 @@ class HfEngine:
     @torch.no_grad()
     def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
         """In order of completion: all are decoded together, and a row that has ended leaves the batch.
-
         Sampling is exact: the largest of the filtered logits plus Gumbel noise, each rollout's own."""
         from transformers import DynamicCache
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        alive, done = range(len(prompts)), [[] for _ in prompts]
+        alive, done = range(len(prompts)), [[] for _ in prompts]  # alive: whose answer each row is
         cache = DynamicCache(config=self.model.config)
         for t in range(max_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
@@ -854,7 +843,6 @@ def filtered(logits, temperature, top_p, top_k):
 
 class VllmEngine:
     """vLLM in the trainer's process and on its GPU, with base weights of its own and the adapter, unmerged.
-
     Built after the process group, which it joins, and before the trainer's model, because it reseeds all.
     context: tokens of the longest prompt with its completion; sequences: at a time, of one rank; memory:
     share of the GPU; more: any further arguments of vllm.LLM. Raises UserError when vLLM does not start."""
@@ -877,26 +865,20 @@ class VllmEngine:
             arguments.update(enable_chunked_prefill=False, max_num_batched_tokens=max(context, 2048))
         with blamed_on("vLLM does not start; less --engine_memory needs less of a GPU, --engine hf no vLLM"):
             from vllm import LLM
-            self.llm = LLM(**arguments | more)
+            self.llm = LLM(**{**arguments, **more})
         self.ends, self.ranks, self.logprobs = ends, tensor_parallel, logprobs
-        self.dtype, self.adapter, self.number = getattr(torch, resolved(dtype)), None, 0
+        self.adapter, self.number = None, 0
         room = shutil.disk_usage("/dev/shm").free > 2**31  # 0.35 GB for 8B; a container may have 0.06
         self.folder = tempfile.TemporaryDirectory(prefix="egrsd-", dir="/dev/shm" if room else None)
         rank, local_rank, _ = ranks()
         self.shared = Path(gather(self.folder.name)[rank - local_rank])  # local rank 0 writes, its node reads
         VllmEngine.running = self
 
-    def close(self):
-        """Ends vLLM and with it the process group. Left alone it fails at exit, when the group has gone."""
-        self.llm.llm_engine.engine_core.shutdown()
-        self.folder.cleanup()
-        VllmEngine.running = None
-
     def sync(self, model, step):
-        """Hands the adapter over in the engine's dtype: a folder in memory and a LoRA request."""
+        """Hands the adapter over in the base's dtype: a folder in memory and a LoRA request."""
         if ranks()[1] == 0:
             shutil.rmtree(self.shared / f"{self.number}", ignore_errors=True)
-            save_adapter(model, self.shared / f"{self.number + 1}", self.dtype)
+            save_adapter(model, self.shared / f"{self.number + 1}", model.dtype)
         gather(None)  # the files are there
         self.use(self.shared / f"{self.number + 1}")
 
@@ -910,10 +892,10 @@ class VllmEngine:
         """In order of completion. The ranks of a tensor-parallel group decode all their prompts together."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
-        engine, rank, before, asked = self.llm.llm_engine, ranks()[0], 0, list(zip(prompts, seeds))
+        engine, before, asked = self.llm.llm_engine, 0, list(zip(prompts, seeds))
         if self.ranks > 1:
-            place = rank % self.ranks
-            shares = gather(asked)[rank - place:][:self.ranks]
+            group, place = divmod(ranks()[0], self.ranks)
+            shares = gather(asked)[group * self.ranks:][:self.ranks]
             before, asked = sum(map(len, shares[:place])), sum(shares, [])
         for i, (prompt, seed) in enumerate(asked):
             engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
@@ -941,19 +923,16 @@ def rounding(model):
 @torch.no_grad()
 def trainer_logp(model, prompt_ids, ids):
     """The trainer's log p (T,) of some tokens, and how far hidden states x head is off the model's own log p.
-
     Both at temperature 1, the second as a mean over these places and the whole vocabulary, in nats."""
-    r, start = Rollout(0, {}, prompt_ids, [], ids), len(prompt_ids)
-    hidden, (weight, targets) = completion_hidden(model, [r], "prompt_ids")[0], head_of(model, r)
-    ours = log_probs(hidden.float(), weight.float(), 1)
+    ((_, hidden, targets),), = passes(model, [Rollout(0, {}, prompt_ids, [], ids)], "prompt_ids", 1)
+    ours = log_probs(hidden.float(), head_of(model).float(), 1)
     with autocast(model):
-        together = torch.tensor([[*prompt_ids, *ids]], device=model.device)
-        own = model(input_ids=together, use_cache=False).logits[0, start - 1:-1].float().log_softmax(1)
+        logits = model(torch.tensor([[*prompt_ids, *ids]], device=model.device), use_cache=False).logits
+    own = logits[0, len(prompt_ids) - 1:-1].float().log_softmax(1)
     return ours.gather(1, targets[:, None])[:, 0], (own - ours).abs().mean().item()
 
 def prove_handover(model, engine, prompt_ids):
     """Raises UserError unless the engine samples from what is trained: this base, this head, this adapter.
-
     After a first hand-over a second one with random B, then 32 tokens: their log-probs must be far closer to
     the trainer's with the adapter than without. In bf16 rounding hides a stale adapter from later steps."""
     params = [p.data for name, p in adapter_params(model, "default").items() if "lora_B" in name]
@@ -973,22 +952,12 @@ def prove_handover(model, engine, prompt_ids):
     gap, base_gap = [(theirs.to(each) - each).abs().mean().item() for each in (ours, base)]
     name = f"model {model.name_or_path}"
     require(math.isfinite(head_gap), f"{name}: its log-probs are not finite; are its weights broken?")
-    require(head_gap < rounding(model), f"{name}: its log-probs are {head_gap:.2g} nats off hidden states x head; "
-            "a model that scales or soft-caps its logits is not supported")
+    require(head_gap < rounding(model), f"{name}: its log-probs are {head_gap:.2g} nats off hidden states "
+            "x head; a model that scales or soft-caps its logits is not supported")
     require(gap < base_gap / 4, f"{name}: the engine does not sample from the trained weights: {gap:.2g} "
             f"nats off the trainer's log-probs with the adapter, {base_gap:.2g} off those without")
 
-# ======================================== 8. Snapshots and log ===========================================
-
-def save_adapter(model, folder, dtype=torch.float32):
-    """The student's adapter as PEFT and vLLM load it."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-    folder.mkdir(parents=True, exist_ok=True)
-    model.peft_config["default"].save_pretrained(folder)
-    weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
-    weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
-    save_file(weights, folder / "adapter_model.safetensors")
+# ======================================== 9. Snapshots and log ===========================================
 
 def model_card(cfg, metrics):
     """README.md of a snapshot. A local base stands in the text only: the hub takes no path as base_model."""
@@ -1017,7 +986,7 @@ def save_snapshot(folder, model, optimizer, stats, state, logs, card):
     unfinished = final.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     teacher = {name: p.data for name, p in adapter_params(model, "teacher").items()}
-    try:
+    with blamed_on(f"{final} cannot be saved; is the disk full?", OSError):
         for name, log in logs.items():
             os.fsync(log.fileno())
             state["log_sizes"][name] = log.tell()
@@ -1029,33 +998,23 @@ def save_snapshot(folder, model, optimizer, stats, state, logs, card):
             to_disk(path)
         unfinished.rename(final)
         to_disk(folder)
-    except Exception as error:  # of a full disk each library makes something else
-        raise OSError(f"{final} cannot be saved; is the disk full? ({one_line(error)})") from error
 
 def restore(folder, model, optimizer, stats):
     """Puts model, optimizer and stats where the newest snapshot of a run left them -> the trainer's state."""
     from peft import load_peft_weights, set_peft_model_state_dict
     state = dict(step=0, position=0, too_long=0, skipped=0, in_a_row=0, base=fingerprint(model), log_sizes={})
-    for snapshot in snapshots(folder)[-1:]:
+    for snapshot in snapshots(folder)[-1:]:  # the newest, or none
         with blamed_on(f"{snapshot}: cannot be read"):
             stored = torch.load(snapshot / "trainer.pt", map_location="cpu", weights_only=True)
             weights = load_peft_weights(snapshot, device=str(model.device))
         require(stored["base"] == state["base"], f"model {model.name_or_path}: not the base of {snapshot}")
         set_peft_model_state_dict(model, weights)
-        optimizer.load_state_dict(stored.pop("optimizer"))
-        stats.load_state_dict(stored.pop("welford"))
-        teacher = stored.pop("teacher")
+        optimizer.load_state_dict(stored["optimizer"])
+        stats.load_state_dict(stored["welford"])
         for name, p in adapter_params(model, "teacher").items():
-            p.data.copy_(teacher[name])
-        state.update(stored)
+            p.data.copy_(stored["teacher"][name])
+        state = {name: stored[name] for name in state}
     return state
-
-def open_logs(folder, sizes):
-    """metrics.jsonl and rollouts.jsonl to append to; what came after the snapshot is cut off."""
-    logs = {name: open(folder / f"{name}.jsonl", "ab") for name in ("metrics", "rollouts")}
-    for name, log in logs.items():
-        log.truncate(sizes.get(name, 0))
-    return logs
 
 def write_lines(file, rows):
     file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
@@ -1066,6 +1025,16 @@ def write_json(file, content):
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
     unfinished.rename(file)
+
+def read_config(folder):
+    """config.json of a run. Raises UserError for one that is not there, torn, or of another version."""
+    file = Path(folder, "config.json")
+    require(file.is_file(), f"--resume {folder}: no run there (no config.json)")
+    with blamed_on(f"{file}: not the configuration of a run"):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        odd = ", ".join(sorted(stored["config"].keys() ^ vars(Config()).keys()))
+        require(not odd, f"{file}: of another version of this program, whose flags differ in {odd[:400]}")
+    return stored
 
 def token_texts(tokenizer, ids):
     """The text of each token; a character spread over several tokens stands at its last one."""
@@ -1079,10 +1048,10 @@ def token_texts(tokenizer, ids):
 
 def as_row(r, tokenizer):
     """The line of a Rollout in rollouts.jsonl, with all that a picture of it needs."""
-    names = "index problem gold prompt_ids teacher_ids completion_ids completion"
+    row = dict(index=r.index, problem=r.row["problem"], gold=r.row["gold"], prompt_ids=r.prompt_ids,
+               teacher_ids=r.teacher_ids, completion_ids=r.completion_ids, completion=r.completion)
     if r.sampler_logp is not None:  # sft has no verdict
-        names += " truncated correct reward advantage"
-    row = {name: {**r.row, **vars(r)}[name] for name in names.split()}
+        row.update(truncated=r.truncated, correct=r.correct, reward=r.reward, advantage=r.advantage)
     row["tokens"] = token_texts(tokenizer, r.completion_ids)
     for name in ("teacher_entropy", "student_entropy", "delta"):
         if getattr(r, name) is not None:
@@ -1092,14 +1061,13 @@ def as_row(r, tokenizer):
 MEASURED = ("reward", "correct", "truncated", "advantage", "teacher_entropy", "student_entropy", "delta",
             "magnitude", "gate", "engine_gap")
 
-def pooled(rollouts):
-    """What a step's metrics are made of: each kind of number end to end in one float64 tensor."""
-    values = {name: [torch.as_tensor(getattr(r, name)) for r in rollouts] for name in MEASURED}
-    return {name: torch.cat([x.double().cpu().flatten() for x in each]) for name, each in values.items()}
+def measured(r):
+    """The numbers of a Rollout that the metrics are made of."""
+    return {name: torch.as_tensor(getattr(r, name)).double().cpu().flatten() for name in MEASURED}
 
-def step_metrics(pools, stats, cfg):
-    """The figures of a step from all ranks' pooled(): means over rollouts or over tokens."""
-    every = {name: torch.cat([pool[name] for pool in pools]) for name in MEASURED}
+def step_metrics(measurements, stats, cfg):
+    """The figures of a step from the measured() of all its rollouts: means over rollouts or over tokens."""
+    every = {name: torch.cat([one[name] for one in measurements]) for name in MEASURED}
     gap, w = every["engine_gap"], every["magnitude"]
     figures = dict(
         reward=every["reward"].mean(), accuracy=100 * every["correct"].mean(),
@@ -1113,15 +1081,6 @@ def step_metrics(pools, stats, cfg):
         figures["w_clipped"] = ((w - 1).abs() >= cfg.magnitude_clip - 1e-6).double().mean()  # w is float32
     return {name: float(x) for name, x in figures.items()}
 
-class Clock:
-    """Seconds between calls of lap(), by name."""
-    def __init__(self):
-        self.laps, self.last = {}, time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
-
 def peak_gib():
     """The most memory that was in use so far, on a GPU the GPU's."""
     if torch.cuda.is_available():
@@ -1129,17 +1088,13 @@ def peak_gib():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # in bytes there, in KiB elsewhere
 
+# what the terminal shows of a step
 COLUMNS = dict(step="step {:>4.0f}", reward="reward {:5.3f}", accuracy="right {:5.1f}%",
                length="length {:6.1f}", entropy="entropy {:5.3f}", delta_abs="|delta| {:5.3f}",
                omega="gate {:5.3f}", loss="loss {:7.4f}", grad_norm="grad {:7.4f}",
                engine_gap_max="gap {:.0e}", step_s="{:5.2f} s")
 
-def step_line(metrics, finite):
-    """A step on the terminal, aligned with the others."""
-    shown = [form.format(metrics[name]) for name, form in COLUMNS.items() if name in metrics]
-    return "  ".join([*shown, *([] if finite else ["SKIPPED, not finite"])])
-
-# ============================================== 9. The run ===============================================
+# ============================================== 10. The run ===============================================
 
 class Stop:
     """Notes the first SIGTERM or Ctrl-C; the loop looks once a step. A second Ctrl-C ends at once."""
@@ -1165,14 +1120,15 @@ def run(cfg):
     """One run: set-up, then six beats a step from the newest snapshot to the last step -> exit code."""
     device = start_distributed()
     rank, local_rank, world = ranks()
-    share, folder = cfg.batch_size // world, choose_folder(cfg)
+    share, group = cfg.batch_size // world, cfg.rollouts_per_prompt
+    samples, folder = cfg.method != "sft", choose_folder(cfg)
     begun = read_config(folder) if cfg.resume else {}
     problems = load_problems(cfg.data)
     data = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
     require(begun.get("data", data) == data, f"--data {cfg.data}: not the problems that {folder} began with")
     tokenizer, ends = load_tokenizer(cfg.model)
     prompt_ids, engine = encode(tokenizer, student_prompt(problems[0]), cfg.thinking), None
-    if wants_vllm(cfg.engine) and cfg.method != "sft":
+    if wants_vllm(cfg.engine) and samples:
         longest = max(len(encode(tokenizer, student_prompt(row), cfg.thinking)) for row in problems)
         context = longest + max(cfg.max_completion_length, 32)  # 32: of the proof
         engine = VllmEngine(cfg.model, ends, cfg.dtype, context, share, cfg.engine_memory, cfg.lora_rank,
@@ -1186,60 +1142,63 @@ def run(cfg):
     params, stats = list(adapter_params(model, "default").values()), Welford()
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D4: no decay
     state = restore(folder, model, optimizer, stats)
-    packages = "torch", "transformers", "peft", "math-verify"
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    logs, card, saved = {}, "", state["step"]
+    packages, logs = ("torch", "transformers", "peft", "math-verify"), {}
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=bool(cfg.out))  # of two runs of one second the second ends here
+        versions = {name: importlib.metadata.version(name) for name in packages}
         config = dict(config={**vars(cfg), "resume": ""}, ranks=world, versions=versions, data=data)
         write_json(folder / "config.json", config)
-        logs = open_logs(folder, state["log_sizes"])
+        for name in ("metrics", "rollouts"):
+            logs[name] = open(folder / f"{name}.jsonl", "ab")
+            logs[name].truncate(state["log_sizes"].get(name, 0))  # what came after the snapshot
         other = f", begun with {begun['versions']}" if begun.get("versions", versions) != versions else ""
-        left = f"steps {saved + 1} to {cfg.steps}" if saved < cfg.steps else f"all {saved} steps are done"
-        print(f"run        {folder}, {left}{other}\n"
+        print(f"run        {folder}, {state['step']} of {cfg.steps} steps are done{other}\n"
               f"method     {cfg.method}, gamma {cfg.gamma:g}, window {cfg.window}, lr {cfg.lr:g}\n"
               f"batch      {cfg.batch_size} rollouts a step = {world} ranks x {share} = "
-              f"{cfg.batch_size // cfg.rollouts_per_prompt} problems x {cfg.rollouts_per_prompt}", flush=True)
-    stop = Stop()
+              f"{cfg.batch_size // group} problems x {group}", flush=True)
+    stop, signals = Stop(), [0]
 
-    while state["step"] < cfg.steps and not any(gather(stop.signal)):
-        step, clock = state["step"] + 1, Clock()
+    def lap(name):  # seconds since the last one
+        laps[name] = time.perf_counter() - began - sum(laps.values())
+
+    while state["step"] < cfg.steps and not any(signals):
+        step, began, laps = state["step"] + 1, time.perf_counter(), {}
         decay = (step - 1) / cfg.steps if cfg.lr_schedule == "linear" else 0.0  # D4: as the ancestor's
         optimizer.param_groups[0]["lr"] = lr = cfg.lr * (1 - decay)
         optimizer.zero_grad()
-        if cfg.method != "sft":
+        if samples:
             engine.sync(model, step)
-        clock.lap("handover_s")
+        lap("handover_s")
 
         # 1. sample: this rank's share of the batch, every rollout with a seed of its own
-        group = cfg.rollouts_per_prompt
         drawn = draw(problems, tokenizer, cfg, state, cfg.batch_size // group)
         mine = [Rollout(i, *drawn[i // group]) for i in range(rank * share, (rank + 1) * share)]
-        if cfg.method == "sft":
-            for r in mine:
-                r.completion_ids = reference_ids(tokenizer, r.row)
-        else:
+        if samples:
             prompts = [r.prompt_ids for r in mine]
             seeds = [rollout_seed(cfg.seed, step, r.index) for r in mine]
             for i, ids, logp in engine.generate(prompts, seeds, cfg.max_completion_length, **SAMPLING):
                 mine[i].completion_ids, mine[i].sampler_logp = ids, logp
-        clock.lap("sample_s")
+        else:
+            for r in mine:
+                r.completion_ids = reference_ids(tokenizer, r.row)
+        lap("sample_s")
 
         # 2. score: the verdict and the reward
         for r in mine:
             r.completion = tokenizer.decode(r.completion_ids, skip_special_tokens=True)
-            if cfg.method != "sft":
+            if samples:
                 r.truncated = r.completion_ids[-1] not in ends
                 r.correct = grade(r.completion, r.row["gold"])
                 r.reward = length_shaped_reward(
                     r.correct, len(r.completion_ids), cfg.max_completion_length, cfg.length_bonus)
-        clock.lap("grade_s")
+        lap("grade_s")
 
         # 3. teach: the privileged view of the same tokens; then what takes all ranks: rewards, N and H_max
-        own_max = teach(model, mine, cfg) if cfg.method != "sft" else 0.0
-        clock.lap("teacher_s")
-        maxima, outcomes = zip(*gather((own_max, [(r.reward, len(r.completion_ids)) for r in mine])))
-        rewards, lengths = torch.tensor(sum(outcomes, []), dtype=torch.float64).T
+        own_max = teach(model, mine, cfg) if samples else 0.0
+        lap("teacher_s")
+        outcomes = [(r.reward, len(r.completion_ids)) for r in mine]
+        maxima, outcomes = zip(*gather((own_max, outcomes)))
+        rewards, lengths = torch.tensor(sum(outcomes, []), dtype=torch.float64).T  # of the whole batch
         # D15: N, H_max and the statistics are of all ranks; the ancestor's trainer takes each device's own
         tokens, max_entropy = int(lengths.sum()), torch.tensor(maxima).max().item()  # torch: a nan stays one
         if group > 1:
@@ -1249,16 +1208,16 @@ def run(cfg):
             advantages = running_advantage(rewards, stats, warming_up)
         for r in mine:
             r.advantage = advantages[r.index].item()
-        clock.lap("wait_s")
+        lap("wait_s")
 
         # 4. learn: student pass, loss, gradient
         loss = learn(model, mine, cfg, max_entropy, tokens)
-        clock.lap("student_s")
+        lap("student_s")
 
         # 5. update: everyone's figures (gloo first: a lost rank shows there), the sum of the gradients, AdamW
-        pool = pooled(mine) if cfg.method != "sft" else {}
         rows = [dict(step=step, **as_row(r, tokenizer)) for r in mine]
-        losses, pools, rows = zip(*gather((loss, pool, rows)))
+        numbers = [measured(r) for r in mine] if samples else []
+        losses, rows, numbers = zip(*gather((loss, rows, numbers)))
         for p in params:
             dist.all_reduce(p.grad)
         grad_norm, loss = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item(), sum(losses)
@@ -1270,42 +1229,39 @@ def run(cfg):
         state["step"] = step
         state["skipped"] += not finite
         state["in_a_row"] = 0 if finite else state["in_a_row"] + 1
-        clock.lap("update_s")
+        lap("update_s")
 
         # 6. record
         if rank == 0:
             metrics = dict(step=step, length=tokens / cfg.batch_size, tokens=tokens, loss=loss,
                            grad_norm=grad_norm, lr=lr, skipped=state["skipped"], too_long=state["too_long"])
-            if cfg.method != "sft":
-                metrics.update(step_metrics(pools, stats, cfg))
+            if samples:
+                metrics.update(step_metrics(sum(numbers, []), stats, cfg))
             card = model_card(cfg, metrics)
-            step_s = sum(clock.laps.values())
-            metrics.update({**clock.laps, "step_s": step_s, "tok/s": tokens / step_s, "peak_gib": peak_gib()})
+            step_s = sum(laps.values())
+            metrics.update({**laps, "step_s": step_s, "tok/s": tokens / step_s, "peak_gib": peak_gib()})
             write_lines(logs["rollouts"], sum(rows, []))
             write_lines(logs["metrics"], [{name: x for name, x in metrics.items() if math.isfinite(x)}])
-            print(step_line(metrics, finite), flush=True)
+            shown = [form.format(metrics[name]) for name, form in COLUMNS.items() if name in metrics]
+            print("  ".join(shown if finite else [*shown, "SKIPPED, not finite"]), flush=True)
             if metrics.get("engine_gap_mean", 0) > rounding(model):
                 print("WARNING    engine and trainer are further apart than rounding: engine_gap_mean")
         stats.update(rewards)  # after the log, which shows what this step's advantages were made with
-        if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
+        signals = gather(stop.signal)  # all ranks stop together
+        if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or any(signals)):
             save_snapshot(folder, model, optimizer, stats, state, logs, card)
-            saved, r = step, mine[0]
-            verdict = "" if cfg.method == "sft" else ", right" if r.correct else ", wrong"
+            r = mine[0]
+            verdict = (", right" if r.correct else ", wrong") if samples else ""
             print(f"saved      {folder}/step_{step}\nproblem    {r.row['problem']!r}\n"
                   f"rollout    ... {r.completion[-200:]!r}, gold {r.row['gold']!r}{verdict}", flush=True)
         if state["in_a_row"] >= 5:
             raise FloatingPointError("5 steps in a row without a finite loss and gradient; see the log")
 
-    if rank == 0 and state["step"] > saved:
-        save_snapshot(folder, model, optimizer, stats, state, logs, card)
-    for log in logs.values():
-        log.close()
-    signals = {*gather(stop.signal)} - {0}
-    if signals and local_rank == 0:
+    if any(signals) and local_rank == 0:
         print(f"egrsd.py: stopped after step {state['step']}; go on by --resume {folder}", file=sys.stderr)
-    return 130 if signals and signal.SIGTERM not in signals else 0
+    return 130 if any(signals) and signal.SIGTERM not in signals else 0
 
-# ========================================= 10. The command line ==========================================
+# ========================================= 11. The command line ==========================================
 
 RESUME_MAY_CHANGE = ["steps", "save_every", "engine", "tensor_parallel", "micro_batch", "grad_checkpoint",
                      "engine_memory", "engine_args", "model", "data"]
@@ -1323,23 +1279,11 @@ def parse_flags(argv):
     helps = dict(re.findall(r"^    (\w+): .*? = .*?  # (.*)$", source, re.M))
     for field in dataclasses.fields(Config):
         text = f"{helps[field.name]} (default {field.default!r})".replace("%", "%%")
-        options = dict(type=field.type)
+        options = dict(choices=get_args(field.type)) if get_args(field.type) else dict(type=field.type)
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            options = dict(choices=get_args(field.type))
         parser.add_argument(f"--{field.name}", help=text, **options)
     return vars(parser.parse_args(argv))
-
-def read_config(folder):
-    """config.json of a run. Raises UserError for one that is not there, torn, or of another version."""
-    file = Path(folder, "config.json")
-    require(file.is_file(), f"--resume {folder}: no run there (no config.json)")
-    with blamed_on(f"{file}: not the configuration of a run"):
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        odd = ", ".join(sorted(stored["config"].keys() ^ vars(Config()).keys()))
-        require(not odd, f"{file}: of another version of this program, whose flags differ in {odd[:400]}")
-    return stored
 
 def configure(given):
     """Flags -> Config: over the defaults, or over those of the run to --resume, of which few may change."""
@@ -1352,31 +1296,40 @@ def configure(given):
                 f"resumed run may only change {', '.join(free)} and the number of ranks")
     return Config(**{**stored, **given})
 
+MAY_BE_0 = "gamma window magnitude_clip length_bonus warmup_steps lr seed kl_clip teacher_decay".split()
+
 def validate(cfg):
-    """Raises UserError naming the value and the rule it breaks."""
-    world, group = ranks()[2], max(cfg.rollouts_per_prompt, 1)
-    may_be_0 = "gamma window magnitude_clip length_bonus warmup_steps lr seed kl_clip teacher_decay".split()
-    numbers = {name: x for name, x in vars(cfg).items() if type(x) in (int, float)}
-    rules = []
-    for name, x in numbers.items():
-        lowest = "not below 0" if name in may_be_0 else "above 0"
-        kept = math.isfinite(x) and (x > 0 or x == 0 and name in may_be_0)
-        rules.append((name, kept, f"must be a finite number {lowest}"))
-    rules += [("method", cfg.method in TOKEN_WEIGHT, f"must be one of {', '.join(TOKEN_WEIGHT)}"),
-              ("teacher", cfg.teacher == "frozen" or cfg.method != "sft", "sft has no teacher"),
-              ("teacher_decay", cfg.teacher_decay <= 1, "must not be above 1"),
-              ("kl_clip", cfg.kl_clip == 0 or cfg.method == "opsd", "only --method opsd has it"),
-              ("magnitude_clip", cfg.magnitude_clip < 1, "must be below 1"),
-              ("rollouts_per_prompt", cfg.method == "grpo" or group == 1, "only --method grpo has groups"),
-              ("tensor_parallel", world % max(cfg.tensor_parallel, 1) == 0, f"must divide the {world} ranks"),
-              ("batch_size", cfg.batch_size % world == 0, f"must be divisible by the {world} ranks"),
-              ("batch_size", cfg.batch_size % group == 0, "must be divisible by --rollouts_per_prompt"),
-              ("max_length", cfg.max_length > cfg.max_completion_length, "must exceed --max_completion_length"),
-              ("out", not Path(cfg.out).is_file(), "is a file")]
-    for name, kept, rule in rules:
+    """-> cfg. Raises UserError naming the value and the rule it breaks."""
+    for name, x in vars(cfg).items():
+        if type(x) in (int, float):
+            kept = math.isfinite(x) and (x > 0 or x == 0 and name in MAY_BE_0)
+            lowest = "not below 0" if name in MAY_BE_0 else "above 0"
+            require(kept, f"--{name} {x}: must be a finite number {lowest}")
+    world, group = ranks()[2], cfg.rollouts_per_prompt
+    for name, kept, rule in (
+            ("method", cfg.method in TOKEN_WEIGHT, f"must be one of {', '.join(TOKEN_WEIGHT)}"),
+            ("teacher", cfg.teacher == "frozen" or cfg.method != "sft", "sft has no teacher"),
+            ("teacher_decay", cfg.teacher_decay <= 1, "must not be above 1"),
+            ("kl_clip", cfg.kl_clip == 0 or cfg.method == "opsd", "only --method opsd has it"),
+            ("magnitude_clip", cfg.magnitude_clip < 1, "must be below 1"),
+            ("rollouts_per_prompt", cfg.method == "grpo" or group == 1, "only --method grpo has groups"),
+            ("tensor_parallel", world % cfg.tensor_parallel == 0, f"must divide the {world} ranks"),
+            ("batch_size", cfg.batch_size % world == 0, f"must be divisible by the {world} ranks"),
+            ("batch_size", cfg.batch_size % group == 0, "must be divisible by --rollouts_per_prompt"),
+            ("max_length", cfg.max_length > cfg.max_completion_length, "must exceed --max_completion_length"),
+            ("out", not Path(cfg.out).is_file(), "is a file")):
         require(kept, f"--{name} {getattr(cfg, name)}: {rule}")
     with blamed_on(f"--engine_args {cfg.engine_args}: not a JSON object"):
         dict(**json.loads(cfg.engine_args))
+    return cfg
+
+def leave_group():
+    """Ends vLLM, which needs the process group until its end, and the group, where there are any."""
+    if VllmEngine.running:
+        VllmEngine.running.llm.llm_engine.engine_core.shutdown()
+        VllmEngine.running = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 def ending(error):
     """What an exception means to the user -> (one line, exit code). A programming error is raised again."""
@@ -1393,7 +1346,7 @@ def ending(error):
     raise error
 
 def as_program(name, work, argv):
-    """work(argv) -> exit code; what goes wrong is one line. Joins a process group that exists, leaves none."""
+    """work(argv) -> exit code; what goes wrong is one line. Joins a process group, leaves none behind."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     joined = dist.is_initialized()
     if hasattr(sys.stdout, "reconfigure"):
@@ -1411,14 +1364,9 @@ def as_program(name, work, argv):
         if not joined:
             leave_group()
 
-def train(argv):
-    """Trains as the flags say -> exit code."""
-    cfg = configure(parse_flags(argv))
-    validate(cfg)
-    return run(cfg)
-
 def main(argv=None):
-    return as_program("egrsd.py", train, argv)
+    """Trains as the flags say -> exit code."""
+    return as_program("egrsd.py", lambda argv: run(validate(configure(parse_flags(argv)))), argv)
 
 if __name__ == "__main__":
     sys.exit(main())

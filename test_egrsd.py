@@ -1195,6 +1195,9 @@ def test_draw_gives_each_epoch_once_straddles_epochs_and_counts_long_rows():
     assert sorted(draw(start(), 5, method="sft")) == ["p0", "p1", "p4", "p5", "p6"]
     with pytest.raises(egrsd.UserError, match="too short for every problem"):
         draw(state, 1, max_length=12)
+    for row in rows[1:]:  # one row in seven fits: sparse, but no error
+        row["problem"] += " long" * 100
+    assert draw(start(), 50) == ["p0"] * 50
 
 # ------------------------------------------------------------------------------------------------- grading
 

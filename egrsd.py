@@ -195,7 +195,7 @@ DIVERGENCE = {"opsd": forward_kl, "crisp": reverse_kl}  # D9: averaged over the 
 # gradient d value_t / d hidden_t is (T, d) and can be taken at once, chunk by chunk: (T, V) never exists.
 
 LOGP_TEMPERATURE = 1.0  # D1: the paper writes plain p; its ancestor's code divides both sides' logits by 1.1
-HEAD_CHUNK = 256  # tokens whose float32 logits over the vocabulary exist at a time
+HEAD_CHUNK = 512  # tokens whose float32 logits over the vocabulary exist at a time
 
 def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=None, kl_clip=0.0,
                temperature=LOGP_TEMPERATURE):

@@ -1063,11 +1063,12 @@ MEASURED = ("reward", "correct", "truncated", "advantage", "teacher_entropy", "s
 
 def measured(r):
     """The numbers of a Rollout that the metrics are made of."""
-    return {name: torch.as_tensor(getattr(r, name)).double().cpu().flatten() for name in MEASURED}
+    return {name: torch.as_tensor(getattr(r, name)).double().flatten().tolist() for name in MEASURED}
 
 def step_metrics(measurements, stats, cfg):
     """The figures of a step from the measured() of all its rollouts: means over rollouts or over tokens."""
-    every = {name: torch.cat([one[name] for one in measurements]) for name in MEASURED}
+    every = {name: torch.tensor(sum((one[name] for one in measurements), []), dtype=torch.float64)
+             for name in MEASURED}
     gap, w = every["engine_gap"], every["magnitude"]
     figures = dict(
         reward=every["reward"].mean(), accuracy=100 * every["correct"].mean(),

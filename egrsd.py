@@ -625,7 +625,8 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def load_tokenizer(path):
     """-> tokenizer, sorted ids that end a turn, by the word of tokenizer, chat template and both configs."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, utils
+    utils.logging.set_verbosity_error()  # what is wrong with a model is one line of ours, not a report a rank
     require(not Path(path, "adapter_config.json").exists(),
             f"model {path}: holds an adapter; merge it into its base first (README, Use a snapshot)")
     with blamed_on(f"model {path}: no model there"):

@@ -1098,9 +1098,12 @@ def test_a_run_folder_that_is_taken_is_refused_and_resume_named(whole, small, tm
     assert train(*small, choose_folder=lambda cfg: tmp_path / "new") == 1
     assert not [*(tmp_path / "new").iterdir()]
 
-def test_errors_of_all_ranks_are_one_line(small, tmp_path):
+def test_errors_of_all_ranks_are_one_line(small, tiny, tmp_path):
+    gap = shutil.copytree(tiny, tmp_path / "gap")
+    reweigh(gap, lambda weights: weights.pop("lm_head.weight"))
     for flags, line in (("--batch_size 9", "--batch_size 9: must be divisible by the 2 ranks\n"),
-                        ("--model nowhere", "model nowhere: no model there")):
+                        ("--model nowhere", "model nowhere: no model there"),
+                        (f"--model {gap}", f"model {gap}: its files lack weights: lm_head.weight\n")):
         run = Forked(*small, *flags.split(), "--out", tmp_path / "run", ranks=2)
         assert run.wait() == [2, 2] and not (tmp_path / "run").exists()
         assert run.err.startswith(f"egrsd.py: {line}") and run.err.count("\n") == 1, run.err
@@ -1637,6 +1640,12 @@ def test_a_vllm_that_cannot_start_ends_all_ranks_with_a_line(small, tmp_path):
     run = Forked(*flags, ranks=2, VLLM_CPU_KVCACHE_SPACE="100000")
     assert run.wait() == [2, 2] and not (tmp_path / "run").exists()
     assert run.err.count("egrsd.py: vLLM does not start") == 1, run.err
+
+@needs_vllm
+def test_further_arguments_reach_vllm(small, tmp_path, capsys):
+    flags = [*small, "--engine", "vllm", "--out", tmp_path / "run"]
+    assert train(*flags, "--engine_args", '{"no_such_argument": 1}') == 2
+    assert "vLLM does not start" in (error := capsys.readouterr().err) and "no_such_argument" in error, error
 
 @needs_vllm
 def test_a_stale_vllm_is_refused_by_the_proof_of_the_hand_over(small, tmp_path):

@@ -435,25 +435,25 @@ SPELLING = {  # how it may be written: the one form that is compared, in this or
     r"\\leq?(?![a-z])": "≤", r"\\geq?(?![a-z])": "≥", r"\\neq?(?![a-z])|\\not=": "≠", r"∪|\\cup": ";",
     r"&=|∈|\\(in|approx|sim)(?![a-z])": "=", r"\\varnothing|\\emptyset|\\\{\\\}": "∅", r"\.\.\.": r"\\ldots",
     r"\\(left|right|displaystyle)(?![a-z])|\\(begin|end)\{aligned\}|\\[!()]": "", r"\\[dt]frac": r"\\frac",
-    r"\\\$ *([\d.,]+)": r"\1“dollars”", r"°|\^\\circ|\^\{\\circ\}": "“degrees”", r"\\?%": "“%”", r"\$": "",
-    r"\\(text\w*|mathrm|mbox) *\{([^{}]*)\}": r"“\2”", "“ *percent *”": "“%”", r"^\{([^{},]*)\}$": r"\1",
-    r"(?<!\\)\\[ ,;:]|~|\\quad|\{,\}|\s+": " ", r"(?<=\d) +(?=\d{3}\b)": "",  # 10 000
-    r"(“[^”]*”|\\[a-zA-Z]+(?:\{[a-z]+\})?)|([A-Za-z][a-z]{2,})": lambda word: word[1] or f"“{word[2]}”",
-    r"(?<!\\)\b[A-Z](?=[a-z]{3})": lambda letter: letter[0].lower(),  # but mW is not MW
-    r",? *“ *(and|or) *”(?!.*[<>≤≥≠])": ";", "“([^a-zA-Z%”]*)”": r"\1", r"^“?\(?([A-Z])\)”$|^“(.)”$": r"\1\2",
-    r"([(\[{]-?\d+),": r"\1;", r", +| +,|,(?!\d{3}\b)|(?<!\d),": ";",  # a comma that is left parts thousands
-    r" +(?!\w)|(?<!\w) +": "", r"_(\w)\b": r"_{\1}", r"√(\d+|\w|\(.*?\))": r"\\sqrt{\1}",
-    r"^([^<>≤≥]+)>([^<>≤≥]+)$": r"\2<\1", r"^([^<>≤≥]+)≥([^<>≤≥]+)$": r"\2≤\1", r"(?<=\d)\(": r"\\cdot(",
+    r"\\\$([\d.,]+)": r"\1“dollars”", r"°|\^\\circ|\^\{\\circ\}": "“degrees”", r"\\?%": "“%”", r"\$": "",
+    r"\\(text\w*|mathrm)\{([^{}]*)\}": r"“\2”", "“ *percent”": "“%”", r"^\{([^{},]*)\}$": r"\1",
+    r"(?<!\\)\\[ ,;:]|~|\\quad|\{,\}|\s": " ", r"(?<=\d) (?=\d{3}\b)": "",  # 10 000
+    r"(^[A-Z]?[a-z]{2,}$|(?<![^ ,])[A-Z]?[a-z]{4,})(?![^“]*”)": r"“\1”",  # no variables: Yes, 5 apples
+    r"(?<!\\)[A-Z](?=[a-z]{3})": lambda letter: letter[0].lower(),  # but mW is not MW
+    r",? *“ *(and|or) *”(?!.*[<>≤≥≠])": ";", "“([^a-zA-Z%”]*)”": r"\1", r"^“\(?(\w)\)?”$": r"\1",
     r"(\\(?:frac|binom|sqrt)) ?(\w)": r"\1{\2}", r"(\\(?:frac|binom)\{[^{}]*\}) ?(\w)": r"\1{\2}",
+    r"([(\[{]-?\d+),": r"\1;", r",(?!\d{3}\b)|(?<!\d),": ";",  # a comma that is left parts thousands
+    r" (?!\w)|(?<!\w) ": "", r"_(\w)": r"_{\1}", r"√(\d+|\(.*?\))": r"\\sqrt{\1}",
+    r"^([^<>≤≥;]+)>([^<>≤≥;]+)$": r"\2<\1", r"^([^<>≤≥;]+)≥([^<>≤≥;]+)$": r"\2≤\1", r"(?<=\d)\(": r"\\cdot(",
     r"”(/|\\cdot|)“": r"\1", r"”\^\{?(-?\d)\}?": r"^\1”", r"(?<=\d)[eE]([-+]?\d+)": r"\\times10^{\1}",
-    r"^([^;]*)\\pm([^;]*)$": r"\1+\2;\1-\2", r"^[;:=]+|[.;:]+$": "", r"(?<![^(\[;=])\+": ""}
+    r"^([^;]*)\\pm([^;]*)$": r"\1+\2;\1-\2", r"^[;=]|[.;]$": "", r"(?<![^;])\+": ""}
 DECIMAL = r"(\d*)\.(\d+)", lambda n: rf"(\frac{{{n[1]}{n[2]}}}{{1{'0' * len(n[2])}}})"  # an exact fraction
 NAME = r"(?!\\pi)\\?[a-zA-Z]+(_\{\w+\})?(\(\w+\))?|\([a-z;]+\)|“.*”"  # x, f(2), (x;y)
-VALUE = r"(?:[^a-zA-Z\\+-]|(?<![^{(])-|\\(?:frac|sqrt|pi|times|cdot)(?![a-z]))+"  # may have a unit
-UNIT = (r"(?i)(?!.*(?<![-^])\d|.*\b(and|or|if|when|is|not|non\w*|more|less|least|most|than|over|under|above|"
+VALUE = r"(?:[^a-zA-Z+-]|(?<![^{])-|\\(?:frac|sqrt|pi|times|cdot))+"  # may have a unit
+UNIT = (r"(?i)(?!.*(?<![-^])\d|.*\b(and|or|if|when|is|not|non\w*|more|less|most|than|over|under|above|"
         r"below|after|before|even|odd|[ap]\.?m|bc|ad|left|right|up|down|half|pairs?|remainder|digits?|base|"
-        r"mod|\w*(hundred|thousand|illion|dozen|north|south|east|west|ward|wise|th|third)s?)\b)[^”]*”")
-UNREAD = r"[':;<>≤≥≠=∅]|!!|\d \d|\d_|\b[a-zA-Z]\d|\^\{?T|\^(\w|\{\w*\})\^|\\pm|\d([./-])\d+\2\d"  # or misread
+        r"mod|\w*(hundred|thousand|illion|dozen|east|west|ward|wise|th|third)s?)\b)[^”]*”")
+UNREAD = r"[':]|!!|\d \d|\d_|\b[a-zA-Z]\d|\^\{?T|\^\{?\w+\}?\^|\d([./-])\d+\1\d"  # or misread
 
 def boxes(text):
     """The complete boxes of the line on which the last one starts, the innermost, in order."""
@@ -481,7 +481,7 @@ def same(answer, gold):
     if len(mine) == len(theirs) and (len(mine) > 1 or shape and gold_shape):
         if {shape, gold_shape} not in ({shape}, {"", "()"}, {"", r"\{\}"}):
             return False
-        labels = [{*re.findall("[^;=]*=|“.*?”", text)} for text in (answer, gold)]  # x=1, y=2 is not 2, 1
+        labels = [{*re.findall("[^;]*=|“.*?”", text)} for text in (answer, gold)]  # x=1, y=2 is not 2, 1
         if re.search(r"[(\[]", shape + gold_shape) or len(labels[0] ^ labels[1]) > 1:
             return all(map(same, mine, theirs))
         return all(sum(same(a, b) for b in mine) == sum(same(a, b) for b in theirs) for a in mine)

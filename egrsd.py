@@ -27,7 +27,7 @@ methods share the loop, see TOKEN_WEIGHT. D1, D2, ... mark decisions where the p
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
 import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata
-import importlib.util, json, logging, math, os, re, resource, shutil, signal, sys, tempfile
+import importlib.util, json, math, os, re, resource, shutil, signal, sys, tempfile
 import threading, time, unicodedata
 from fractions import Fraction
 from pathlib import Path
@@ -425,175 +425,99 @@ def rollout_seed(seed, step, index):
 
 # ============================================== 6. Grading ===============================================
 
-TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"
-UNIT = rf"((?:{TEXT}|\\%|(?<=\d)_\{{\d+\}})(?:{TEXT}|\^\{{-?\d\}}|\\cdot(?=\\text)|/)*)"
-NO_UNIT = (  # words that say more than a unit
-    r"(?i)(?<![_^{-])\d|\b(and|or|if|when|is|not|non\w*|more|less|least|most|than|over|under|above|below|after|"
-    r"before|even|odd|[ap]m|bc|ad|left|right|up|down|half|pair|remainder|digit|base|mod|"
-    r"\w*(hundred|thousand|illion|dozen|north|south|east|west|ward|wise|th|third))\b")
-VALUE = r"(?:[^a-zA-Z\\]|\\(?:frac|sqrt|pi|times|cdot)(?![a-z]))+"  # what a unit may stand behind
-NAME = r"(?!\\pi)(\\?[a-zA-Z]+|\\text\{[a-z ]+\})(_\{\w+\})?(\(\w+\))?|\([a-z](;[a-z])+\)"  # x, f(2), (x,y)
-EQUAL = r"(?<![<>!])=|\\approx|\\sim|\\in(?![a-z])"
-RELATION = r"[<>≤≥]|\\[lgn]eq?(?![a-z])"
-UNREAD = r"['#:]|!!|\d \d|\d_|\b[a-zA-Z]\d|\^\{T|\^\{\w+\}\^|\\(ldots|pm|text|circ|degree)|\d([/-])\d+\2\d"
-LITERAL = {  # the same to a reader
-    "∞": r"\infty ", "·": r"\cdot ", "±": r"\pm ", "≠": r"\ne ", r"\not=": r"\ne ", "∪": r"\cup ", "&=": "=",
-    "∈": r"\in ", "∅": r"\emptyset ", r"\varnothing": r"\emptyset ", r"\{\}": r"\emptyset ", "{,}": "",
-    "...": r"\ldots ", r"\left": "", r"\right": "", r"\displaystyle": "", r"\boldsymbol": "", r"\mathbf": "",
-    r"\!": "", r"\(": "", r"\)": "", r"\begin{aligned}": "", r"\end{aligned}": "", r"\mathrm{i}": "i",
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\textbf": r"\text", r"\textit": r"\text", r"\mathrm": r"\text",
-    r"\mbox": r"\text", "°": r"\text{degree}", r"^\circ": r"\text{degree}", r"^{\circ}": r"\text{degree}",
-    r"\ ": " ", r"\,": " ", r"\;": " ", r"\:": " ", "~": " ", r"\quad": " ", "\n": " ", r"\\": r"\\"}
-SPELLING = (  # (how it may be written, the one form that is compared), in this order
-    ("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]", ""),  # nobody sees these
-    ("[²³¹⁰-ⁿʰ-ˤᴬ-ᵡ]+", r"^{\g<0>}"), ("[₀-ₜ]+", r"_{\g<0>}"),  # before NFKC, which makes 103 of 10³,
-    ("[¼-¾⅐-⅞]", r"\\frac{\g<0>}"), ("[①-⓿㈀-㏿]", "#"),  # 21/2 of 2½ and 21 of 2①
-    ("(?s).+", lambda text: unicodedata.normalize("NFKC", text[0]).replace("⁄", "}{")),
-    ("[‐-―−]", "-"),
-    ("|".join(map(re.escape, LITERAL)), lambda sign: LITERAL[sign[0]]),
-    (r"([_^]) *(\d+|[a-zA-Z])", r"\1{\2}"),
-    (r"√ *(\d+|[a-z]|\([^()]*\))", r"\\sqrt{\1}"),
-    (r"\\(frac|binom|sqrt) *(\w)", r"\\\1{\2}"),
-    (r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\}) *(\w)", r"\1{\2}"),
-    (r"(?<=\d)[eE]([-+]?\d+)", r"\\times10^{\1}"),
-    (r"\\\$ *([\d.,]+)", r"\1\\text{dollar}"),
-    (r" *\\?%|\\text\{ *percent *\}", r"\\%"),
-    (r"\\begin\{[pb]matrix\}([^&]*?)\\end\{[pb]matrix\}", lambda rows: "(%s)" % rows[1].replace(r"\\", "; ")),
-    (r"^ *\\text\{ *\(?(\w)\)? *\} *$", r"\1"),  # (B)
-    (r"\\text\{ *([-\d.,]+)", r"\1\\text{"),
-    (r"\\text\{ *\}", ""),
-    (rf"({TEXT}|\\(?:begin|end)\{{\w+\}}|\\[a-zA-Z]+)|([a-zA-Z]{{4,}}|\b(?:and|or|[Yy]es|[Nn]o|[Oo]dd)\b)",
-     lambda word: word[1] or r"\text{%s}" % word[2]),
-    (r"(?<!\\)\b[a-zA-Z]{4,}(?=[^{}]*\})", lambda word: word[0].lower()),  # but mW is not MW
-    (r"(?<=\\text\{) +|(?<=[a-z]{2}[a-rt-z])s(?= *\})| +(?=\})|\.(?=[a-z.]*\})", ""),
-    (rf"^(?!.*(?:{RELATION})).*$", lambda text: re.sub(r"[,;]? *\\text\{(and|or)\}", "; ", text[0])),
-    (r"(?<![\d.])\d{1,3}( \d{3})+(?!\d)", lambda number: number[0].replace(" ", "")),
-    (r"[(\[{][\d,]+([)\]]|\\\})", lambda point: point[0].replace(",", ";")),
-    (r" *[,;] +| +[,;]", ";"),
-    (r"((?<![\d,.])\d{1,3}(?:,\d{3})+(?!,?\d))|,", lambda number: number[1] or ";"),  # 101,103 may be two
-    (rf"({TEXT}|\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d))| ", lambda kept: kept[1] or ""),
-    (r"\$|^(?:[;:=]|\\approx|\\sim)+|[.;:$]+$", ""))
+BRACED = LISTED = ""
+for _ in range(9):  # brackets in brackets
+    BRACED = rf"(?:[^{{}}\\]|\\(?!boxed|fbox).|\{{{BRACED}\}})*"
+    LISTED = rf"(?:[^()\[\]{{}}“”]|[(\[{{“]{LISTED}[)\]}}”])*"
+SPELLING = {  # how it may be written: the one form that is compared, in this order; words get quotes “ ”
+    "[\u200b-\u200d\u2060\ufeff]": "", "[‐-―−]": "-", "∞": r"\\infty ", "±": r"\\pm ", "·": r"\\cdot ",
+    "[²³¹⁰-ⁿ]+": r"^{\g<0>}", "[！-～𝐀-𝟿²³¹⁰-ⁿ]": lambda sign: unicodedata.normalize("NFKC", sign[0]),
+    r"\\leq?(?![a-z])": "≤", r"\\geq?(?![a-z])": "≥", r"\\neq?(?![a-z])|\\not=": "≠", r"∪|\\cup": ";",
+    r"&=|∈|\\(in|approx|sim)(?![a-z])": "=", r"\\varnothing|\\emptyset|\\\{\\\}": "∅", r"\.\.\.": r"\\ldots",
+    r"\\(left|right|displaystyle)(?![a-z])|\\(begin|end)\{aligned\}|\\[!()]": "", r"\\[dt]frac": r"\\frac",
+    r"\\\$([\d.,]+)": r"\1“dollars”", r"°|\^\\circ|\^\{\\circ\}": "“degrees”", r"\\?%": "“%”", r"\$": "",
+    r"\\(text\w*|mathrm)\{([^{}]*)\}": r"“\2”", "“ *percent”": "“%”", r"^\{([^{},]*)\}$": r"\1",
+    r"(?<!\\)\\[ ,;:]|~|\\quad|\{,\}|\s": " ", r"(?<=\d) (?=\d{3}\b)": "",  # 10 000
+    r"(^[A-Z]?[a-z]{2,}$|(?<![^ ,])[A-Z]?[a-z]{4,})(?![^“]*”)": r"“\1”",  # no variables: Yes, 5 apples
+    r"(?<!\\)[A-Z](?=[a-z]{3})": lambda letter: letter[0].lower(),  # but mW is not MW
+    r",? *“ *(and|or) *”(?!.*[<>≤≥≠])": ";", "“([^a-zA-Z%”]*)”": r"\1", r"^“\(?(\w)\)?”$": r"\1",
+    r"(\\(?:frac|binom|sqrt)) ?(\w)": r"\1{\2}", r"(\\(?:frac|binom)\{[^{}]*\}) ?(\w)": r"\1{\2}",
+    r"([(\[{]-?\d+),": r"\1;", r",(?!\d{3}\b)|(?<!\d),": ";",  # a comma that is left parts thousands
+    r" (?!\w)|(?<!\w) ": "", r"_(\w)": r"_{\1}", r"√(\d+|\(.*?\))": r"\\sqrt{\1}",
+    r"^([^<>≤≥;]+)>([^<>≤≥;]+)$": r"\2<\1", r"^([^<>≤≥;]+)≥([^<>≤≥;]+)$": r"\2≤\1", r"(?<=\d)\(": r"\\cdot(",
+    r"”(/|\\cdot|)“": r"\1", r"”\^\{?(-?\d)\}?": r"^\1”", r"(?<=\d)[eE]([-+]?\d+)": r"\\times10^{\1}",
+    r"^([^;]*)\\pm([^;]*)$": r"\1+\2;\1-\2", r"^[;=]|[.;]$": "", r"(?<![^;])\+": ""}
+DECIMAL = r"(\d*)\.(\d+)", lambda n: rf"(\frac{{{n[1]}{n[2]}}}{{1{'0' * len(n[2])}}})"  # an exact fraction
+NAME = r"(?!\\pi)\\?[a-zA-Z]+(_\{\w+\})?(\(\w+\))?|\([a-z;]+\)|“.*”"  # x, f(2), (x;y)
+VALUE = r"(?:[^a-zA-Z+-]|(?<![^{])-|\\(?:frac|sqrt|pi|times|cdot))+"  # may have a unit
+UNIT = (r"(?i)(?!.*(?<![-^])\d|.*\b(and|or|if|when|is|not|non\w*|more|less|most|than|over|under|above|"
+        r"below|after|before|even|odd|[ap]\.?m|bc|ad|left|right|up|down|half|pairs?|remainder|digits?|base|"
+        r"mod|\w*(hundred|thousand|illion|dozen|east|west|ward|wise|th|third)s?)\b)[^”]*”")
+UNREAD = r"[':]|!!|\d \d|\d_|\b[a-zA-Z]\d|\^\{?T|\^\{?\w+\}?\^|\d([./-])\d+\1\d"  # or misread
 
 def boxes(text):
-    """The innermost complete boxes of the line on which the last one starts, in order. One pass, any text."""
-    text = re.sub(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)", r"\\boxed{\1}", text)
-    opened, found = [], [(-1, -1)]
-    for token in re.finditer(r"(?s)\\(?:boxed|fbox)\s*\{|\\.|[{}]", text):
-        if token[0][-1] == "{" and token[0] != r"\{":
-            opened.append(token.end() if "box" in token[0] else -1)
-        elif token[0] == "}" and opened:
-            start = opened.pop()
-            if start > found[-1][0]:
-                found.append((start, token.start()))
-    line = text.rfind("\n", 0, found[-1][0])
-    return [text[start:end] for start, end in found[1:] if start > line]
+    """The complete boxes of the line on which the last one starts, the innermost, in order."""
+    found = [*re.finditer(rf"(?s)\\(?:boxed|fbox)(?:\s*\{{({BRACED})\}}|\s+([^\s{{}}$\\]+))", text)]
+    line = text.rfind("\n", 0, found[-1].start()) if found else 0
+    return [box[box.lastindex] for box in found if box.start() > line]
 
 def last_boxed(text):
     """The content of the last complete \\boxed{...} of a text, nested braces counted, or None."""
     return (boxes(text) or [None])[-1]
 
-def spelled(text):
-    """One spelling of what looks alike."""
-    for written, form in SPELLING:
-        text = re.sub(written, form, text)
-    return text
-
-def split(text, at):
-    """The pieces of a text between the separators that stand outside of brackets."""
-    pieces, depth = "", 0
-    for token in re.findall(rf"{at}|\\?.", text):
-        depth += (token[-1] in "([{") - (token[-1] in ")]}")
-        pieces += "\n" if depth == 0 and re.fullmatch(at, token) else token
-    return pieces.split("\n")
-
 def parts(text):
-    """(brackets, what they hold): ("()", [1, 2]) of `(1;2)`, ("", [1, 2]) of a bare list or of one `\\pm`."""
-    whole = re.fullmatch(r"(\(|\[|\\?\{)(.*?)(\)|\]|\\?\})", text)
-    if whole and split(text, r"\\?[)\]}]")[1:] == [""]:
-        inner = split(whole[2], ";")
-        return parts(whole[2]) if len(inner) == 1 and whole[1] in "({" else (whole[1] + whole[3], inner)
-    signs = "+-" if text.count(r"\pm") == 1 else "+"
-    pieces = split(text, ";")
-    return "", [part.replace(r"\pm", sign) for part in pieces for sign in signs[:1 + part.count(r"\pm")]]
+    """Brackets and what they hold: "(]", [1, 2] of (1;2]; "", [1, 2] of a bare list; "", [5] of 5."""
+    whole = re.fullmatch(rf"([(\[]|\\\{{)({LISTED})([)\]]|\\\}})", text)
+    shape, inner = (whole[1] + whole[3], whole[2]) if whole else ("", text)
+    return shape, re.split(f";(?={LISTED}$)", inner)
 
 def same(answer, gold):
-    """Are two spelled texts the same answer? Lists, tuples and sets part by part."""
+    """Are two spelled texts the same? Lists part by part, relations, units; algebra decides the rest."""
     if answer == gold:
         return True
-    (shape, mine), (gold_shape, theirs) = parts(answer), parts(gold)
-    shapes = {shape, gold_shape}
-    if len(mine) != len(theirs):  # only an equation or a relation may hold a tuple or an interval
-        told = re.search(f"{EQUAL}|{RELATION}", min(mine, theirs, key=len)[0])
-        return bool(told) and 1 in (len(mine), len(theirs)) and same_part(answer, gold)
-    if len(mine) == 1 and shapes == {""}:
-        return same_part(mine[0], theirs[0])
-    if len(shapes) > 1 and (shapes not in ({"", "()"}, {"", r"\{\}"}) or r"\emptyset" in theirs):
-        return False
-    labels = [len(set(re.findall(r"(?m)^[^=\n]*=|\\text.*", "\n".join(side)))) for side in (mine, theirs)]
-    if shapes - {"", r"\{\}"} or min(labels) < 2 <= max(labels):  # x=1, y=2 is not 2, 1
-        return all(map(same, mine, theirs))
-    return all(sum(same(one, two) for two in mine) == sum(same(one, two) for two in theirs) for one in theirs)
-
-def same_part(answer, gold):
-    """The same for what holds no list: numbers, equations, units and words; algebra decides the rest."""
-    if all(re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)", text) for text in (answer, gold)):
+    if all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text) for text in (answer, gold)):
         return Fraction(answer) == Fraction(gold)
-    few, many = sorted((split(answer, EQUAL), split(gold, EQUAL)), key=len)
-    if len(few) > 1:
-        return same(few[0], many[0]) and same(few[-1], many[-1]) or len(many) == 2 and algebra(few, many)
-    if len(many) > 1:  # x=1 is 1, but 0=1 is not
-        *names, last = many
-        return same(last, few[0]) and all(re.fullmatch(NAME, name) or same(name, few[0]) for name in names)
-    few, many = sorted((re.split(UNIT, answer), re.split(UNIT, gold)), key=len)  # value, word, value
+    (shape, mine), (gold_shape, theirs) = parts(answer), parts(gold)
+    if len(mine) == len(theirs) and (len(mine) > 1 or shape and gold_shape):
+        if {shape, gold_shape} not in ({shape}, {"", "()"}, {"", r"\{\}"}):
+            return False
+        labels = [{*re.findall("[^;]*=|“.*?”", text)} for text in (answer, gold)]  # x=1, y=2 is not 2, 1
+        if re.search(r"[(\[]", shape + gold_shape) or len(labels[0] ^ labels[1]) > 1:
+            return all(map(same, mine, theirs))
+        return all(sum(same(a, b) for b in mine) == sum(same(a, b) for b in theirs) for a in mine)
+    few, many = sorted((re.split("([=<>≤≥≠])", text) for text in (answer, gold)), key=len)
     if len(few) == len(many) > 1:
         return few[1::2] == many[1::2] and all(map(same, few[::2], many[::2]))
-    unit = len(few) == 1 and many[2:] == [""] and not re.search(NO_UNIT, many[1].replace(r"\text", ""))
-    if unit and re.fullmatch(VALUE, many[0]) and not ("+" in many[0] and many[1] == r"\%"):  # 1+5% is not 6
-        hundredth = rf"({many[0]})\cdot\frac{{1}}{{100}}"
-        return same(few[0], many[0]) or many[1] == r"\%" and same(few[0], hundredth)
-    return algebra([answer], [gold])
+    *names, last = many[::2]
+    if names:  # x=5 is 5, but 0=1 is not 1
+        named = all(re.fullmatch(NAME, name) or same(name, last) for name in names)
+        return named and {*many[1::2]} == {"="} and len(few) == 1 and same(few[0], last)
+    few, many = sorted((text.split("“", 1) for text in (answer, gold)), key=len)
+    if len(many) > 1:
+        unit = len(few) == 1 and re.fullmatch(VALUE, many[0]) and re.fullmatch(UNIT, many[1])
+        return bool(unit or few[1:] == many[1:]) and same(few[0], many[0])
+    return not re.search(UNREAD, f"{answer}\n{gold}") and algebra(answer, gold)
 
-def algebra(sides, gold_sides):
-    """math-verify on expressions, sets, relations; of two equations one must be a multiple of the other."""
+def algebra(*texts):
+    """Are two numbers, expressions or matrices equal?"""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    from math_verify import verify
-    from sympy import Expr, simplify
-    config = dict(normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
-    read = []
-    for text in (*sides, *gold_sides):
-        if re.search(UNREAD, text):  # dates, and what the parser drops
-            return False
-        text = re.sub(r"(\d*)\.(\d+)", lambda n: r"(\frac{%s}{1%s})" % (n[1] + n[2], "0" * len(n[2])), text)
-        text = re.sub(r"(?<![_\d])(\d+)\(", r"\1\\cdot(", text)  # 2(1/2) is no mixed number
-        try:
-            read.append(latex2sympy(text.replace(";", ","), is_real=True, **config).doit())
-        except Exception:  # it raises nothing narrower
-            return False
-        if re.search(RELATION, text) and not read[-1].free_symbols:  # 1<2 is not the empty set
-            return False
-    if len(read) == 4:
-        one, two = simplify(read[0] - read[1]), simplify(read[2] - read[3])
-        ratio = simplify(one / two)
-        return bool(one.free_symbols and two.free_symbols and ratio.is_number and ratio.is_finite)
-    if all(isinstance(side, Expr) for side in read):
-        return bool(read[0].is_finite is not False and read[0].equals(read[1]))
-    return verify(read[1], read[0], numeric_precision=300, allow_set_relation_comp=True, timeout_seconds=None)
+    how = dict(normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
+    with contextlib.suppress(Exception):  # it raises nothing narrower
+        one, two = (latex2sympy(re.sub(*DECIMAL, text), is_real=True, **how).doit() for text in texts)
+        return one == two if one.is_Matrix else bool((one - two).equals(0))
+    return False
 
 @functools.cache
 def warmed_up():
     """The first call of sympy takes seconds, which must not count."""
     os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")  # no alarm gets through gmpy2's loops
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit is off
-    return algebra(["x"], ["x^{2}"]), algebra(["1<x"], ["(1;2]"])
+    return algebra("x", "x^{2}")
 
 class Late(BaseException):
     """More than a second of processor time is spent. sympy catches every Exception, so it is none."""
 
 def grade(completion, gold):
-    """Is the last boxed answer of a completion, or all of its line's together, the gold answer?
-
-    A hostile one is wrong after a second: of processor time, for by the clock a busy machine would refuse
-    right answers. Raises RuntimeError in another thread than the main one, which alone gets the alarm."""
+    """Is a completion's last box, or all boxes of its line together, the gold answer? After 1 s: no."""
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("grade() limits itself by an alarm: call it from the main thread")
     found, gold = boxes(completion), gold.strip()
@@ -602,22 +526,22 @@ def grade(completion, gold):
         return gold in answers
     warmed_up()
     start, working = time.thread_time(), True
-
     def late(*_):
-        if working and time.thread_time() - start > 1:
+        if working and time.thread_time() - start > 1:  # by the clock a busy machine would lose right ones
             raise Late
-    handler = signal.signal(signal.SIGALRM, late)
-    timer = signal.setitimer(signal.ITIMER_REAL, 1, 0.1)  # again and again: sympy may swallow the first
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 1, 0.1)  # again and again: sympy may swallow the first
     try:
-        texts = [[spelled(text).replace(",", comma) for text in (gold, *answers)] for comma in ("", ";")]
-        return any(same(answer, gold) for gold, *mine in texts if gold for answer in mine if answer)
+        for written, form in SPELLING.items():
+            gold, *answers = (re.sub(written, form, text) for text in (gold, *answers))
+        pairs = {tuple(text.replace(",", comma).replace("“%”", percent) for text in (answer, gold))
+                 for comma in ("", ";") for percent in ("“%”", r"\cdot\frac{1}{100}") for answer in answers}
+        return any(same(*pair) for pair in pairs if all(pair))
     except (Exception, Late):
         return False
     finally:
         working = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 # ================================= 7. The model: load, teach and learn ===================================
 

@@ -32,6 +32,7 @@ import threading, time, unicodedata
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args
+os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")  # no alarm gets through gmpy2's C loops
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -430,29 +431,32 @@ for _ in range(9):  # brackets in brackets
     BRACED = rf"(?:[^{{}}\\]|\\(?!boxed|fbox).|\{{{BRACED}\}})*"
     LISTED = rf"(?:[^()\[\]{{}}“”]|[(\[{{“]{LISTED}[)\]}}”])*"
 SPELLING = {  # how it may be written: the one form that is compared, in this order; words get quotes “ ”
-    "[\u200b-\u200d\u2060\ufeff]": "", "[‐-―−]": "-", "∞": r"\\infty ", "±": r"\\pm ", "·": r"\\cdot ",
-    "[²³¹⁰-ⁿ]+": r"^{\g<0>}", "[！-～𝐀-𝟿²³¹⁰-ⁿ]": lambda sign: unicodedata.normalize("NFKC", sign[0]),
-    r"\\leq?(?![a-z])": "≤", r"\\geq?(?![a-z])": "≥", r"\\neq?(?![a-z])|\\not=": "≠", r"∪|\\cup": ";",
-    r"&=|∈|\\(in|approx|sim)(?![a-z])": "=", r"\\varnothing|\\emptyset|\\\{\\\}": "∅", r"\.\.\.": r"\\ldots",
+    "[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]": "", "[‐-―−]": "-",  # the first: nobody sees these
+    "[²³¹⁰-ⁿ]+": r"^{\g<0>}", "[₀-ₜ]+": r"_{\g<0>}", "[¼-¾⅐-⅞]": r"\\frac{\g<0>}",  # or NFKC makes 103 of 10³
+    "[！-～𝐀-𝟿²³¹⁰-ₜ¼-¾⅐-⅞]": lambda sign: unicodedata.normalize("NFKC", sign[0]).replace("⁄", "}{"),
+    "∞": r"\\infty ", "±": r"\\pm ", "·": r"\\cdot ", r"\\(boldsymbol|mathbf)\{([^{}]*)\}": r"\2",
+    r"\\leq?(slant)?(?![a-z])": "≤", r"\\geq?(slant)?": "≥", r"\\neq?|\\not=": "≠", r"∪|\\cup": ";",
+    r"&=|∈|\\(in|approx|sim)(?![a-z])": "=", r"\\varnothing|\\emptyset|\\\{\\\}": "∅",
     r"\\(left|right|displaystyle)(?![a-z])|\\(begin|end)\{aligned\}|\\[!()]": "", r"\\[dt]frac": r"\\frac",
     r"\\\$([\d.,]+)": r"\1“dollars”", r"°|\^\\circ|\^\{\\circ\}": "“degrees”", r"\\?%": "“%”", r"\$": "",
-    r"\\(text\w*|mathrm)\{([^{}]*)\}": r"“\2”", "“ *percent”": "“%”", r"^\{([^{},]*)\}$": r"\1",
+    r"\\(text\w*|mathrm|mbox)\{([^{}]*)\}": r"“\2”", "“ *percent”": "“%”", r"^\{([^{},]*)\}$": r"\1",
     r"(?<!\\)\\[ ,;:]|~|\\quad|\{,\}|\s": " ", r"(?<=\d) (?=\d{3}\b)": "",  # 10 000
     r"(^[A-Z]?[a-z]{2,}$|(?<![^ ,])[A-Z]?[a-z]{4,})(?![^“]*”)": r"“\1”",  # no variables: Yes, 5 apples
-    r"(?<!\\)[A-Z](?=[a-z]{3})": lambda letter: letter[0].lower(),  # but mW is not MW
-    r",? *“ *(and|or) *”(?!.*[<>≤≥≠])": ";", "“([^a-zA-Z%”]*)”": r"\1", r"^“\(?(\w)\)?”$": r"\1",
+    r"(?<!\\)[A-Z](?=[a-z]{3})": lambda letter: letter[0].lower(), "“([^a-zA-Z%”]*)”": r"\1",  # mW is not MW
+    r",? *(“ *(and|or) *”|\b(and|or)\b(?![^“]*”))(?!.*[<>≤≥≠])": ";", r"^“\(?(\w)\)?”$": r"\1",
     r"(\\(?:frac|binom|sqrt)) ?(\w)": r"\1{\2}", r"(\\(?:frac|binom)\{[^{}]*\}) ?(\w)": r"\1{\2}",
     r"([(\[{]-?\d+),": r"\1;", r",(?!\d{3}\b)|(?<!\d),": ";",  # a comma that is left parts thousands
     r" (?!\w)|(?<!\w) ": "", r"_(\w)": r"_{\1}", r"√(\d+|\(.*?\))": r"\\sqrt{\1}",
-    r"^([^<>≤≥;]+)>([^<>≤≥;]+)$": r"\2<\1", r"^([^<>≤≥;]+)≥([^<>≤≥;]+)$": r"\2≤\1", r"(?<=\d)\(": r"\\cdot(",
-    r"”(/|\\cdot|)“": r"\1", r"”\^\{?(-?\d)\}?": r"^\1”", r"(?<=\d)[eE]([-+]?\d+)": r"\\times10^{\1}",
+    r"(?<=\d)\(": r"\\cdot(", r"(?<=\d)[eE]([-+]?\d+)": r"\\times10^{\1}",
+    r"”(/|\\cdot|)“": r"\1", r"”\^\{?(-?\d)\}?": r"^\1”",  # m/s^{-2} is one unit
     r"^([^;]*)\\pm([^;]*)$": r"\1+\2;\1-\2", r"^[;=]|[.;]$": "", r"(?<![^;])\+": ""}
 DECIMAL = r"(\d*)\.(\d+)", lambda n: rf"(\frac{{{n[1]}{n[2]}}}{{1{'0' * len(n[2])}}})"  # an exact fraction
 NAME = r"(?!\\pi)\\?[a-zA-Z]+(_\{\w+\})?(\(\w+\))?|\([a-z;]+\)|“.*”"  # x, f(2), (x;y)
 VALUE = r"(?:[^a-zA-Z+-]|(?<![^{])-|\\(?:frac|sqrt|pi|times|cdot))+"  # may have a unit
 UNIT = (r"(?i)(?!.*(?<![-^])\d|.*\b(and|or|if|when|is|not|non\w*|more|less|most|than|over|under|above|"
         r"below|after|before|even|odd|[ap]\.?m|bc|ad|left|right|up|down|half|pairs?|remainder|digits?|base|"
-        r"mod|\w*(hundred|thousand|illion|dozen|east|west|ward|wise|th|third)s?)\b)[^”]*”")
+        r"mod|minus|negative|loss|squared|cubed|\w*(hundred|thousand|illion|dozen|east|west|ward|wise|th|"
+        r"third)s?)\b)[^”]*”")  # whose words say no more: no other sign or size, no side, no condition
 UNREAD = r"[':]|!!|\d \d|\d_|\b[a-zA-Z]\d|\^\{?T|\^\{?\w+\}?\^|\d([./-])\d+\1\d"  # or misread
 
 def boxes(text):
@@ -507,11 +511,7 @@ def algebra(*texts):
         return one == two if one.is_Matrix else bool((one - two).equals(0))
     return False
 
-@functools.cache
-def warmed_up():
-    """The first call of sympy takes seconds, which must not count."""
-    os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")  # no alarm gets through gmpy2's loops
-    return algebra("x", "x^{2}")
+warmed_up = functools.cache(lambda: algebra("x", "x^{2}"))  # sympy's first call takes seconds: not to count
 
 class Late(BaseException):
     """More than a second of processor time is spent. sympy catches every Exception, so it is none."""
@@ -529,8 +529,8 @@ def grade(completion, gold):
     def late(*_):
         if working and time.thread_time() - start > 1:  # by the clock a busy machine would lose right ones
             raise Late
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 1, 0.1)  # again and again: sympy may swallow the first
+    handler = signal.signal(signal.SIGALRM, late)
+    timer = signal.setitimer(signal.ITIMER_REAL, 1, 0.1)  # again and again: sympy may swallow the first
     try:
         for written, form in SPELLING.items():
             gold, *answers = (re.sub(written, form, text) for text in (gold, *answers))
@@ -541,7 +541,8 @@ def grade(completion, gold):
         return False
     finally:
         working = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 # ================================= 7. The model: load, teach and learn ===================================
 

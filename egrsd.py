@@ -575,7 +575,7 @@ def load_base(path, dtype, device):
     """The causal LM. Raises UserError for whatever cannot be loaded, and where weights are missing."""
     from transformers import AutoModelForCausalLM, GenerationConfig, utils
     utils.logging.disable_progress_bar()
-    with blamed_on(f"model {path}: cannot be loaded"):
+    with blamed_on(f"model {path}: cannot be loaded"), VllmEngine.spared():
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, resolved(dtype)), output_loading_info=True)
     missing = ", ".join(sorted(info["missing_keys"]))[:200]
@@ -799,6 +799,17 @@ class VllmEngine:
         rank, local_rank, _ = ranks()
         self.shared = Path(gather(self.folder.name)[rank - local_rank])  # local rank 0 writes, its node reads
         VllmEngine.running = self
+
+    @staticmethod
+    def spared():
+        """Within it a model may be built beside vLLM, which patches transformers' own class of one that it has
+        no code for (SmolLM3, OLMo 2, Seed-OSS ...): the patch asks for a config that says not to compile."""
+        if not VllmEngine.running:
+            return contextlib.nullcontext()
+        from vllm.config import CompilationConfig, set_current_vllm_config
+        config = copy.copy(VllmEngine.running.llm.llm_engine.vllm_config)
+        config.compilation_config = CompilationConfig(mode=0)
+        return set_current_vllm_config(config)
 
     def sync(self, model, step):
         """Hands the adapter over in the base's dtype: a folder in memory and a LoRA request."""

@@ -1643,6 +1643,13 @@ def test_a_vllm_that_cannot_start_ends_all_ranks_with_a_line(small, tmp_path):
     assert run.err.count("egrsd.py: vLLM does not start") == 1, run.err
 
 @needs_vllm
+def test_vllm_runs_beside_a_model_whose_class_in_transformers_it_has_patched(small, tmp_path):
+    model = make_model(tmp_path / "model", "SmolLM3")  # for which vLLM has no code of its own
+    forked(*small, "--model", model, "--engine", "vllm", "--steps", 2, "--out", tmp_path / "run")
+    metrics = read(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 2 and max(m["engine_gap_max"] for m in metrics) < 1e-3
+
+@needs_vllm
 def test_further_arguments_reach_vllm(small, tmp_path, capsys):
     flags = [*small, "--engine", "vllm", "--out", tmp_path / "run"]
     assert train(*flags, "--engine_args", '{"no_such_argument": 1}') == 2

@@ -88,7 +88,7 @@ def put_on(engine, base, folder, prompt):
     vllm = isinstance(engine, egrsd.VllmEngine)
     with blamed_on(f"{folder}: does not fit its base or engine"), warnings.catch_warnings(action="ignore"):
         if vllm:  # passes over what does not fit; a model without weights tells
-            with torch.device("meta"):
+            with torch.device("meta"), egrsd.VllmEngine.spared():
                 bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
         else:
             bare = engine.model.unload() if isinstance(engine.model, PeftModel) else engine.model

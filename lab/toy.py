@@ -3,9 +3,11 @@
     python -m lab.toy                                            # about 3 minutes on two cores
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
-Something is left to learn: the toy's plain solutions hold slips and needless checks, those with a reference
-in the prompt hardly any, so the privileged view really knows better. Model and problems are made once, in
---toy, the same ones for every seed. The same command again goes on where it stopped.
+Something is left to learn: the toy's plain solutions hold slips and a second pass, those with a reference in
+the prompt hardly any, so the privileged view really knows better. The paper's three regimes exist by
+construction: digits are locks, idle words forks; whether to work a column again, and the whole sum, are
+pivots. Model and problems are made once, in --toy, the same ones for every seed. The same command again goes
+on where it stopped.
 """
 import json, os, random, re, sys
 from pathlib import Path
@@ -16,16 +18,21 @@ import egrsd
 from lab import evaluate
 
 PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 360, 24
-FLAGS = dict(lr=3e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
+FLAGS = dict(lr=8e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
 START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the accuracy before hangs on
 
 # ===================================== Problems and their solutions ======================================
 
-COLUMNS = ("ones ", " tens ", " hundreds ")
-IDLE = [f"{word} " for word in "alright first good here hmm let look next now okay right see then us we well".split()]
-DOUBTS, CHECKS = (", wait: ", ", no: ", ", or: "), (" Check: ", " Again: ", " Verify: ")
-IDLE_RUN = 8  # idle words before every pass over the columns
-SLIP, CAREFUL_SLIP, CHECK, CAREFUL_CHECK = 0.32, 0.01, 0.9, 0.25  # careful: with the reference in the prompt
+# Words of one token each. Idle ones, always as many, open every pass over the columns: runs of random length
+# would fall to the length reward.
+IDLE = [f"{word} " for word in
+        "alright first good here hmm let look next now okay right see then us we well".split()]
+COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
+CHECKS, BOX, IDLE_RUN = (" Check: ", " Again: ", " Verify: "), " \\boxed{", 8
+
+# Chances of a slip in a column and of a second pass, by what is in the prompt; bare: to learn adding from.
+PLAIN, CONCISE, WITH_REFERENCE = (0.3, 0.9), (0.3, 0.25), (0.01, 0.25)
+BARE = (0, 0, 0)  # and without idle words
 NOTICED, NEEDLESS = 0.5, 0.2  # chance that a column is worked again: with a slip, without
 
 def columns(rng, a, b, slip, idle=IDLE_RUN):
@@ -50,7 +57,7 @@ def solution(rng, a, b, slip, check, idle=IDLE_RUN):
     if rng.random() < check:
         again, result = columns(rng, a, b, slip)
         text += f"{rng.choice(CHECKS)}{again}"
-    return f"{text} \\boxed{{{result}}}"
+    return f"{text}{BOX}{result}}}"
 
 def toy_problems(rng, count):
     """`count` different additions with results of three digits, as rows of a data file."""
@@ -66,7 +73,7 @@ def toy_tokenizer():
     special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
     names = "INSTRUCTION REFERENCE_BEGIN REFERENCE_END TRANSITION CONCISE"
     sentences = [getattr(egrsd, name) for name in names.split()]
-    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, " \\boxed{"]
+    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, BOX]
     vocabulary = [*special, *sentences, "\n", *map(chr, range(32, 127)), *words]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
@@ -83,15 +90,15 @@ def batch(rng, tokenizer, bare=0.0):
     Of six prompts two hold a reference, with completions nearly free of slips, one asks to be concise."""
     rows = []
     for k, row in enumerate(toy_problems(rng, PRETRAIN_BATCH)):
-        turn, slip, check, idle = egrsd.student_prompt(row), SLIP, CHECK, IDLE_RUN
+        turn, habits = egrsd.student_prompt(row), PLAIN
         if k % 3 == 0:
-            turn, slip, check = egrsd.teacher_prompt(row), CAREFUL_SLIP, CAREFUL_CHECK
+            turn, habits = egrsd.teacher_prompt(row), WITH_REFERENCE
         elif k % 6 == 1:
-            turn, check = egrsd.teacher_prompt(row, "crisp"), CAREFUL_CHECK
+            turn, habits = egrsd.teacher_prompt(row, "crisp"), CONCISE
         if rng.random() < bare:
-            slip, check, idle = 0, 0, 0
+            habits = BARE
         a, b = map(int, row["problem"].split("+"))
-        completion = tokenizer(solution(rng, a, b, slip, check, idle)).input_ids + [tokenizer.eos_token_id]
+        completion = tokenizer(solution(rng, a, b, *habits)).input_ids + [tokenizer.eos_token_id]
         rows.append((egrsd.encode(tokenizer, turn, False), completion))
     return sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
 

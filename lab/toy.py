@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import egrsd
 from lab import evaluate
 
-PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 420, 24
-FLAGS = dict(lr=8e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
+PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 400, 24
+FLAGS = dict(lr=5e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
 START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the accuracy before hangs on
 
 # ===================================== Problems and their solutions ======================================
@@ -31,7 +31,7 @@ COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", o
 CHECKS, BOX, IDLE_RUN = (" Check: ", " Again: ", " Verify: "), " \\boxed{", 8
 
 # Chances of a slip in a column and of a second pass, by what is in the prompt; bare: to learn adding from.
-PLAIN, CONCISE, WITH_REFERENCE = (0.32, 0.9), (0.32, 0.25), (0.01, 0.25)
+PLAIN, CONCISE, WITH_REFERENCE = (0.33, 0.9), (0.33, 0.25), (0.01, 0.25)
 BARE = (0, 0, 0)  # and without idle words
 NOTICED, NEEDLESS = 0.5, 0.2  # chance that a column is worked again: with a slip, without
 
@@ -147,7 +147,7 @@ def pretrain(folder, seed=0):
         each, each.param_groups[0]["lr"], PRETRAIN_STEPS, pct_start=0.1, cycle_momentum=False)
         for each in optimizers]
     for step in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
-        rows = batch(rng, tokenizer, 2 - 4 * step / PRETRAIN_STEPS)  # bare: all at first, none from half on
+        rows = batch(rng, tokenizer, 1 - 2 * step / PRETRAIN_STEPS)  # bare: all at first, none from half on
         tokens = sum(len(completion) for _, completion in rows)
         for k in range(0, len(rows), 6):  # by length: less padding
             (summed_loss(model, rows[k:k + 6]) / tokens).backward()

@@ -456,8 +456,8 @@ def test_toy_solutions_are_right_unless_a_slip_goes_unnoticed():
         a, b = map(int, row["problem"].split("+"))
         assert row["answer"] == str(a + b) and egrsd.grade(row["solution"], row["answer"])
         assert egrsd.grade(toy.solution(rng, a, b, 0, 1), row["answer"])
-    slips = [egrsd.grade(toy.solution(rng, 345, 678, 0.3, 0.7), "1023") for _ in range(500)]
-    assert 0.5 < sum(slips) / 500 < 0.75  # (1 - 0.3 / 2) ** 3 = 0.61
+    right = [egrsd.grade(toy.solution(rng, 345, 278, 0.3, 0.7), "623") for _ in range(500)]
+    assert 0.5 < sum(right) / 500 < 0.75  # (1 - 0.3 / 2) ** 3 = 0.61
 
 SHORT = ["--steps", "2", "--batch_size", "4", "--max_completion_length", "16"]
 
@@ -492,7 +492,7 @@ def test_the_toy_model_is_always_the_same_and_user_errors_are_one_line(tmp_path,
         torch.set_num_threads(threads)
         torch.manual_seed(threads)
         toy.pretrain(tmp_path / f"model{threads}")
-        assert torch.get_num_threads() == 2  # sums depend on it, visibly so after more steps than these
+        assert torch.get_num_threads() == 1  # sums depend on it, visibly so after more steps than these
         models.append((tmp_path / f"model{threads}" / "model.safetensors").read_bytes())
     torch.set_num_threads(1)
     assert models[0] == models[1]

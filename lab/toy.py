@@ -3,9 +3,11 @@
     python -m lab.toy                                            # about 3 minutes on two cores
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
-Something is left to learn: the toy's plain solutions hold slips and needless checks, those with a reference
-in the prompt hardly any, so the privileged view really knows better. Model and problems are made once, in
---toy, the same ones for every seed. The same command again goes on where it stopped.
+Something is left to learn: the toy's plain solutions hold slips and a second pass, those with a reference in
+the prompt hardly any, so the privileged view really knows better. The paper's three regimes exist by
+construction: digits are locks, idle words forks; whether to work a column again, and the whole sum, are
+pivots. Model and problems are made once, in --toy, the same ones for every seed. The same command again goes
+on where it stopped.
 """
 import json, os, random, re, sys
 from pathlib import Path
@@ -15,72 +17,88 @@ import torch.nn.functional as F
 import egrsd
 from lab import evaluate
 
-DIGITS, PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 3, 4000, 128, 220, 48
-FLAGS = dict(lr=2e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
+PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 400, 24
+FLAGS = dict(lr=5e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
 START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the accuracy before hangs on
 
 # ===================================== Problems and their solutions ======================================
 
-def columns(rng, a, b, slip):
-    """Column addition from the right; the chance of a slip in a digit, half are noticed -> text, sum."""
-    text, carry, total = "", 0, 0
-    for k in range(DIGITS):
-        x, y = a // 10**k % 10, b // 10**k % 10
-        left, right = f"{x}+{y}+{carry}=" if k else f"{x}+{y}=", x + y + carry
-        if rng.random() < slip:
-            wrong, noticed = max(0, right + rng.choice((-2, -1, 1, 2))), rng.random() < 0.5
-            text += f"{left}{wrong}. {rng.choice(('Wait', 'No'))}, " if noticed else ""
-            right = right if noticed else wrong
-        text += f"{left}{right}. "
-        carry = right // 10
-        total += right % 10 * 10**k
-    return text, total + carry * 10**DIGITS
+# Words of one token each. Idle ones, always as many, open every pass over the columns: runs of random length
+# would fall to the length reward.
+IDLE = [f"{word} " for word in
+        "alright first good here hmm let look next now okay right see then us we well".split()]
+COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
+CHECKS, BOX, IDLE_RUN = (" Check: ", " Again: ", " Verify: "), " \\boxed{", 8
 
-def solution(rng, a, b, slip, check):
-    """A worked addition that ends in its box; chances of a slip in a digit and of a needless check."""
-    text, total = columns(rng, a, b, slip)
+# Chances of a slip in a column and of a second pass, by what is in the prompt; bare: to learn adding from.
+PLAIN, CONCISE, WITH_REFERENCE = (0.33, 0.9), (0.33, 0.25), (0.01, 0.25)
+BARE = (0, 0, 0)  # and without idle words
+NOTICED, NEEDLESS = 0.5, 0.2  # chance that a column is worked again: with a slip, without
+
+def columns(rng, a, b, slip, idle=IDLE_RUN):
+    """Idle words, then column addition from the right; a digit slips by chance -> text, result."""
+    text, result, carry = "".join(rng.choices(IDLE, k=idle)), "", 0
+    for k, name in enumerate(COLUMNS):
+        x, y = a // 10**k % 10, b // 10**k % 10
+        work, right = f"{x}+{y}+{carry}=", x + y + carry
+        written = abs(right + rng.choice((-1, 1))) if rng.random() < slip else right
+        text += f"{name}{work}{written:02}"
+        while rng.random() < (NEEDLESS if written == right else NOTICED):
+            written = right
+            text += f"{rng.choice(DOUBTS)}{work}{right:02}"
+        carry, digit = divmod(written, 10)
+        result = f"{digit}{result}"
+        text += f">{result}"
+    return text, result
+
+def solution(rng, a, b, slip, check, idle=IDLE_RUN):
+    """A worked addition that ends in its box; chances of a slip in a digit and of a second pass."""
+    text, result = columns(rng, a, b, slip, idle)
     if rng.random() < check:
-        text += rng.choice(("Check: ", "Again: ", "Let me check: ")) + columns(rng, a, b, 0)[0]
-    return f"{text}{rng.choice(('', 'So ', 'Hence '))}\\boxed{{{total}}}"
+        again, result = columns(rng, a, b, slip)
+        text += f"{rng.choice(CHECKS)}{again}"
+    return f"{text}{BOX}{result}}}"
 
 def toy_problems(rng, count):
-    """`count` different additions, as rows of a data file."""
-    low, span = 10**(DIGITS - 1), 9 * 10**(DIGITS - 1)
-    pairs = [(low + n // span, low + n % span) for n in rng.sample(range(span**2), count)]
+    """`count` different additions with results of three digits, as rows of a data file."""
+    pairs = [(100 + n // 400, 100 + n % 400) for n in rng.sample(range(400**2), count)]
     return [dict(problem=f"{a}+{b}", solution=solution(rng, a, b, 0, 0), answer=str(a + b)) for a, b in pairs]
 
 # =============================================== The model ===============================================
 
 def toy_tokenizer():
-    """Characters, and the sentences of the prompts as one token each; chat template, end of turn."""
+    """Characters; the prompts' sentences and the solutions' words as one token each; chat template."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
     names = "INSTRUCTION REFERENCE_BEGIN REFERENCE_END TRANSITION CONCISE"
     sentences = [getattr(egrsd, name) for name in names.split()]
-    vocabulary = [*special, *sentences, "\n", *map(chr, range(32, 127))]
+    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, BOX]
+    vocabulary = [*special, *sentences, "\n", *map(chr, range(32, 127)), *words]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     core.add_special_tokens(special)
-    core.add_tokens(sentences)
+    core.add_tokens(sentences + words)
     template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>",
                                    pad_token="<|end|>", chat_template=template)
 
-def batch(rng, tokenizer):
-    """(prompt ids, completion ids) to pre-train on, by length.
+def batch(rng, tokenizer, bare):
+    """(prompt ids, completion ids) to pre-train on, by length; a share of the completions bare additions.
 
     Of six prompts two hold a reference, with completions nearly free of slips, one asks to be concise."""
     rows = []
     for k, row in enumerate(toy_problems(rng, PRETRAIN_BATCH)):
-        turn, slip, check = egrsd.student_prompt(row), 0.2, 0.85
+        turn, habits = egrsd.student_prompt(row), PLAIN
         if k % 3 == 0:
-            turn, slip, check = egrsd.teacher_prompt(row), 0.02, 0.25
+            turn, habits = egrsd.teacher_prompt(row), WITH_REFERENCE
         elif k % 6 == 1:
-            turn, check = egrsd.teacher_prompt(row, "crisp"), 0.25
+            turn, habits = egrsd.teacher_prompt(row, "crisp"), CONCISE
+        if rng.random() < bare:
+            habits = BARE
         a, b = map(int, row["problem"].split("+"))
-        completion = tokenizer(solution(rng, a, b, slip, check)).input_ids + [tokenizer.eos_token_id]
+        completion = tokenizer(solution(rng, a, b, *habits)).input_ids + [tokenizer.eos_token_id]
         rows.append((egrsd.encode(tokenizer, turn, False), completion))
     return sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
 
@@ -103,35 +121,36 @@ def orthogonalised(gradient):
         x = 3.4445 * x + (gram @ x if len(gram) == len(x) else x @ gram)
     return x * max(1, len(x) / x.shape[1])**0.5
 
-def new_model(tokenizer):
+def new_model(tokenizer, seed):
     """A random Qwen3 of 0.3 M parameters."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, utils
     utils.logging.disable_progress_bar()
     end = tokenizer.eos_token_id
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
-        tie_word_embeddings=True, eos_token_id=end, pad_token_id=end, bos_token_id=None))
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
+        tie_word_embeddings=True, eos_token_id=end, pad_token_id=end, bos_token_id=None,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6)))
 
-def pretrain(folder):
+def pretrain(folder, seed=0):
     """Trains the toy from scratch on worked additions: Muon for its matrices, AdamW for the rest."""
     from tqdm import tqdm
-    tokenizer, rng = toy_tokenizer(), random.Random(0)
-    torch.set_num_threads(2)  # sums depend on it: one toy model, however the run is launched
-    model = new_model(tokenizer)
+    tokenizer, rng = toy_tokenizer(), random.Random(seed)
+    torch.set_num_threads(1)  # sums depend on it: one toy model, however the run is launched
+    model = new_model(tokenizer, seed)
     inner = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
     outer = [p for name, p in model.named_parameters() if name not in inner]
     momentum = {p: torch.zeros_like(p) for p in inner.values()}
-    optimizers = [torch.optim.SGD(inner.values(), lr=0.02), torch.optim.AdamW(outer, lr=6e-3)]
+    optimizers = [torch.optim.SGD(inner.values(), lr=0.02), torch.optim.AdamW(outer, lr=4e-3)]
     schedules = [torch.optim.lr_scheduler.OneCycleLR(
         each, each.param_groups[0]["lr"], PRETRAIN_STEPS, pct_start=0.1, cycle_momentum=False)
         for each in optimizers]
-    for _ in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
-        rows = batch(rng, tokenizer)
+    for step in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
+        rows = batch(rng, tokenizer, 1 - 2 * step / PRETRAIN_STEPS)  # bare: all at first, none from half on
         tokens = sum(len(completion) for _, completion in rows)
-        for part in rows[:PRETRAIN_BATCH // 2], rows[PRETRAIN_BATCH // 2:]:  # by length: less padding
-            (summed_loss(model, part) / tokens).backward()
+        for k in range(0, len(rows), 6):  # by length: less padding
+            (summed_loss(model, rows[k:k + 6]) / tokens).backward()
         for p, average in momentum.items():
             p.grad = orthogonalised(p.grad.lerp(average.lerp_(p.grad, 0.05), 0.95))
         for each in [*optimizers, *schedules]:

@@ -431,33 +431,33 @@ for _ in range(9):  # brackets in brackets
     BRACED = rf"(?:[^{{}}\\]|\\(?!boxed|fbox).|\{{{BRACED}\}})*"
     LISTED = rf"(?:[^()\[\]{{}}“”]|[(\[{{“]{LISTED}[)\]}}”])*"
 SPELLING = {  # how it may be written: the one form that is compared, in this order; words get quotes “ ”
-    "[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]": "", "[‐-―−]": "-",  # the first: nobody sees these
+    "[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]": "",  # nobody sees these
     "[²³¹⁰-ⁿ]+": r"^{\g<0>}", "[₀-ₜ]+": r"_{\g<0>}", "[¼-¾⅐-⅞]": r"\\frac{\g<0>}",  # or NFKC makes 103 of 10³
     "[！-～𝐀-𝟿²³¹⁰-ₜ¼-¾⅐-⅞]": lambda sign: unicodedata.normalize("NFKC", sign[0]).replace("⁄", "}{"),
-    "∞": r"\\infty ", "±": r"\\pm ", "·": r"\\cdot ", r"\\(boldsymbol|mathbf)\{([^{}]*)\}": r"\2",
-    r"\\leq?(slant)?(?![a-z])": "≤", r"\\geq?(slant)?": "≥", r"\\neq?|\\not=": "≠", r"∪|\\cup": ";",
-    r"&=|∈|\\(in|approx|sim)(?![a-z])": "=", r"\\varnothing|\\emptyset|\\\{\\\}": "∅",
+    "[‐-―−]": "-", "∞": r"\\infty ", "±": r"\\pm ", "·": r"\\cdot ", r"\\(?:text|mathrm)\{([ie])\}": r"\1",
+    r"\\(boldsymbol|mathbf)\{([^{}]*)\}": r"\2", r"\\leq?(slant)?(?![a-z])": "≤", r"\\geq?(slant)?": "≥",
+    r"\\neq?|\\not=": "≠", r"∪|\\cup": ";", r"\\varnothing|\\emptyset|\\\{\\\}": "∅",
     r"\\(left|right|displaystyle)(?![a-z])|\\(begin|end)\{aligned\}|\\[!()]": "", r"\\[dt]frac": r"\\frac",
-    r"\\\$([\d.,]+)": r"\1“dollars”", r"°|\^\\circ|\^\{\\circ\}": "“degrees”", r"\\?%": "“%”", r"\$": "",
-    r"\\(text\w*|mathrm|mbox)\{([^{}]*)\}": r"“\2”", "“ *percent”": "“%”", r"^\{([^{},]*)\}$": r"\1",
-    r"(?<!\\)\\[ ,;:]|~|\\quad|\{,\}|\s": " ", r"(?<=\d) (?=\d{3}\b)": "",  # 10 000
-    r"(^[A-Z]?[a-z]{2,}$|(?<![^ ,])[A-Z]?[a-z]{4,})(?![^“]*”)": r"“\1”",  # no variables: Yes, 5 apples
-    r"(?<!\\)[A-Z](?=[a-z]{3})": lambda letter: letter[0].lower(), "“([^a-zA-Z%”]*)”": r"\1",  # mW is not MW
+    r"&=|∈|\\(in|approx|sim)(?![a-z])": "=", r"\\\$([\d.,]+)": r"\1“dollars”", r"\\?%": "“%”", r"\$": "",
+    r"\\(text\w*|mathrm|mbox)\{([^{}]*)\}": r"“\2”", r"°|\^\\circ|\^\{\\circ\}": "“degrees”",
+    "“ *percent”": "“%”", r"^\{([^{},]*)\}$": r"\1", r"(?<!\\)\\[ ,;:]|~|\\quad|\{,\}|\s": " ",
+    r"(?<=\d) (?=\d{3}\b)": "", r"(^[A-Z]?[a-z]{2,}$|(?<![^ ,])[A-Z]?[a-z]{4,})(?![^“]*”)": r"“\1”",
+    r"(?<!\\)[A-Z](?=[a-z]{2}|o\b)": lambda letter: letter[0].lower(), "“([^a-zA-Z%”]*)”": r"\1",
     r",? *(“ *(and|or) *”|\b(and|or)\b(?![^“]*”))(?!.*[<>≤≥≠])": ";", r"^“\(?(\w)\)?”$": r"\1",
-    r"(\\(?:frac|binom|sqrt)) ?(\w)": r"\1{\2}", r"(\\(?:frac|binom)\{[^{}]*\}) ?(\w)": r"\1{\2}",
-    r"([(\[{]-?\d+),": r"\1;", r",(?!\d{3}\b)|(?<!\d),": ";",  # a comma that is left parts thousands
-    r" (?!\w)|(?<!\w) ": "", r"_(\w)": r"_{\1}", r"√(\d+|\(.*?\))": r"\\sqrt{\1}",
-    r"(?<=\d)\(": r"\\cdot(", r"(?<=\d)[eE]([-+]?\d+)": r"\\times10^{\1}",
-    r"”(/|\\cdot|)“": r"\1", r"”\^\{?(-?\d)\}?": r"^\1”",  # m/s^{-2} is one unit
-    r"^([^;]*)\\pm([^;]*)$": r"\1+\2;\1-\2", r"^[;=]|[.;]$": "", r"(?<![^;])\+": ""}
+    r"(\\(?:frac|binom|sqrt)) ?(\w|\\pi)": r"\1{\2}", rf"(\\(?:frac|binom)\{{{BRACED}\}}) ?(\w)": r"\1{\2}",
+    r"([(\[{]-?\d+),": r"\1;", r",(?=0\d\d\b)": "", r",(?!\d{3}\b)|(?<!\d),": ";",  # a comma left: 101,103
+    r" (?!\w)|(?<!\w) ": "", r"_(\w)": r"_{\1}", r"^[;=]|[.;]$": "", r"√([\d.]+|\(.*?\))": r"\\sqrt{\1}",
+    r"(?<=\d)\(": r"\\cdot(", r"(?<=\d)[eE]([-+]?\d+)": r"\\times10^{\1}", r"”(/|\\cdot|)“": r"\1",
+    r"”\^\{?(-?\d)\}?": r"^\1”", r"^([^;]*)\\pm([^;]*)$": r"\1+\2;\1-\2", r"(?<![^;])\+": ""}
 DECIMAL = r"(\d*)\.(\d+)", lambda n: rf"(\frac{{{n[1]}{n[2]}}}{{1{'0' * len(n[2])}}})"  # an exact fraction
 NAME = r"(?!\\pi)\\?[a-zA-Z]+(_\{\w+\})?(\(\w+\))?|\([a-z;]+\)|“.*”"  # x, f(2), (x;y)
 VALUE = r"(?:[^a-zA-Z+-]|(?<![^{])-|\\(?:frac|sqrt|pi|times|cdot))+"  # may have a unit
-UNIT = (r"(?i)(?!.*(?<![-^])\d|.*\b(and|or|if|when|is|not|non\w*|more|less|most|than|over|under|above|"
-        r"below|after|before|even|odd|[ap]\.?m|bc|ad|left|right|up|down|half|pairs?|remainder|digits?|base|"
-        r"mod|minus|negative|loss|squared|cubed|\w*(hundred|thousand|illion|dozen|east|west|ward|wise|th|"
-        r"third)s?)\b)[^”]*”")  # whose words say no more: no other sign or size, no side, no condition
-UNREAD = r"[':]|!!|\d \d|\d_|\b[a-zA-Z]\d|\^\{?T|\^\{?\w+\}?\^|\d([./-])\d+\1\d"  # or misread
+UNIT = (r"(?i)(?!.*(?<![-^])\d|.*\b([eiyz]|x(?=\^)|pi|to|and|or|if|when|is|not|more|less|most|than|over|"
+        r"under|above|below|after|before|even|odd|[ap]\.?m|bc|ad|left|right|up|down|half|pairs?|remainder|"
+        r"digits?|base|mod|plus|minus|loss|squared|(non|negative|sin|cos|tan|log|root|sqrt)\w*|\w*(fold|"
+        r"hundred|thousand|illion|dozen|east|west|ward|wise|th|third)s?)\b)[^”]*”")  # the value stays
+UNREAD = (r"[':]|!!|\d \d|\d ?_|(?![π×÷])[^\n -~]|\\approx|\d\\frac(\{\d+\}){2}.|\b\d*[a-zA-Z]\d|\^\{?T|"
+          r"\|\\b|\^\{?\w+\}?\^|\d([./-])\d+\2\d")  # or misread
 
 def boxes(text):
     """The complete boxes of the line on which the last one starts, the innermost, in order."""
@@ -483,12 +483,12 @@ def same(answer, gold):
         return Fraction(answer) == Fraction(gold)
     (shape, mine), (gold_shape, theirs) = parts(answer), parts(gold)
     if len(mine) == len(theirs) and (len(mine) > 1 or shape and gold_shape):
-        if {shape, gold_shape} not in ({shape}, {"", "()"}, {"", r"\{\}"}):
-            return False
-        labels = [{*re.findall("[^;]*=|“.*?”", text)} for text in (answer, gold)]  # x=1, y=2 is not 2, 1
-        if re.search(r"[(\[]", shape + gold_shape) or len(labels[0] ^ labels[1]) > 1:
-            return all(map(same, mine, theirs))
-        return all(sum(same(a, b) for b in mine) == sum(same(a, b) for b in theirs) for a in mine)
+        fit = {shape, gold_shape} in ({shape}, {"", "()"}, {"", r"\{\}"})
+        labels = [re.findall("[^;]*=|“.*?”", text) for text in (answer, gold)]  # x=1, y=2 is not 2, 1
+        odd = len({*labels[0]} ^ {*labels[1]}) > 1 or 0 < min(map(len, labels)) < len(mine)
+        if odd or re.search(r"[(\[]", shape + gold_shape):
+            return fit and all(map(same, mine, theirs))
+        return fit and all(sum(same(a, b) for b in mine) == sum(same(a, b) for b in theirs) for a in mine)
     few, many = sorted((re.split("([=<>≤≥≠])", text) for text in (answer, gold)), key=len)
     if len(few) == len(many) > 1:
         return few[1::2] == many[1::2] and all(map(same, few[::2], many[::2]))
@@ -802,8 +802,8 @@ class VllmEngine:
 
     @staticmethod
     def spared():
-        """Within it a model may be built beside vLLM, which patches transformers' own class of one that it has
-        no code for (SmolLM3, OLMo 2, Seed-OSS ...): the patch asks for a config that says not to compile."""
+        """Within it a model may be built beside vLLM, which patches transformers' own class of one that it
+        has no code for (SmolLM3, OLMo 2, Seed-OSS ...); the patch asks for a config: do not compile."""
         if not VllmEngine.running:
             return contextlib.nullcontext()
         from vllm.config import CompilationConfig, set_current_vllm_config

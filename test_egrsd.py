@@ -2412,6 +2412,8 @@ PAIRS = [
     (r"\boxed{7\text{ to }9}", r"7", False, None),
     (r"\boxed{10^{-2}}", r".01", True, None),
     (r"\boxed{x_1+x_2}", r"x_2+x_1", True, None),
+    (r"\boxed{16,800,000}", r"16800000", True, None),
+    (r"\boxed{1,000,500}", r"1000500", True, None),
     (r"\boxed{cats,dogs}", r"cats,gods", False, None),
     (r"\boxed{a\leftarrow b}", r"aarrow b", False, None),
     (r"\boxed{x=\mathbf{5}}", r"5", True, None),

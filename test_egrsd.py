@@ -300,6 +300,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 DRIVER = """
 import os, signal, sys, time, egrsd
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 egrsd.grade = lambda completion, gold: sum(map(ord, completion)) % 2 == 0
 def hang():  # in slices: a signal that comes just before a long sleep would be seen after it
     for _ in range(600):

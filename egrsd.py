@@ -440,7 +440,7 @@ SPELLING = {  # how it may be written: the one form that is compared, in this or
     r"\\(left|right|displaystyle)(?![a-z])|\\(begin|end)\{aligned\}|\\[!()]": "", r"\\[dt]frac": r"\\frac",
     r"&=|∈|\\(in|approx|sim)(?![a-z])": "=", r"\\\$([\d.,]+)": r"\1“dollars”", r"\\?%": "“%”", r"\$": "",
     r"\\(text\w*|mathrm|mbox)\{([^{}]*)\}": r"“\2”", r"°|\^\\circ|\^\{\\circ\}": "“degrees”",
-    "“ *percent”": "“%”", r"^\{([^{},]*)\}$": r"\1", r"(?<!\\)\\[ ,;:]|~|\\quad|\{,\}|\s": " ",
+    "“ *percent”": "“%”", r"^\{([^{},]*)\}$": r"\1", r"(?<!\\)\\[ ,;:]|~|\{,\}|\s": " ",
     r"(?<=\d) (?=\d{3}\b)": "", r"(^[A-Z]?[a-z]{2,}$|(?<![^ ,])[A-Z]?[a-z]{4,})(?![^“]*”)": r"“\1”",
     r"(?<!\\)[A-Z](?=[a-z]{2}|o\b)": lambda letter: letter[0].lower(), "“([^a-zA-Z%”]*)”": r"\1",
     r",? *(“ *(and|or) *”|\b(and|or)\b(?![^“]*”))(?!.*[<>≤≥≠])": ";", r"^“\(?(\w)\)?”$": r"\1",
@@ -488,7 +488,7 @@ def same(answer, gold):
         odd = len({*labels[0]} ^ {*labels[1]}) > 1 or 0 < min(map(len, labels)) < len(mine)
         if odd or re.search(r"[(\[]", shape + gold_shape):
             return fit and all(map(same, mine, theirs))
-        return fit and all(sum(same(a, b) for b in mine) == sum(same(a, b) for b in theirs) for a in mine)
+        return all(sum(same(a, b) for b in mine) == sum(same(a, b) for b in theirs) for a in mine)
     few, many = sorted((re.split("([=<>≤≥≠])", text) for text in (answer, gold)), key=len)
     if len(few) == len(many) > 1:
         return few[1::2] == many[1::2] and all(map(same, few[::2], many[::2]))

@@ -1221,7 +1221,7 @@ def test_graded_pairs_get_the_verdict_of_a_fair_grader_or_the_disagreement_is_kn
     "or more", "if n is even", "when x", "not", "nonzero", "less", "at least", "most", "than that", "over", "under 6", "above", "below", "after noon",
     "before noon", "even", "odd", "p.m.", "AM", "BC", "AD", "left", "right", "up", "down", "half", "pair", "remainder 2", "remainder", "digit", "base",
     "mod", "hundred", "thousand", "Million", "dozen", "north", "southwards", "due east", "west", "backward", "clockwise", "fifth", "third", "is", "or so",
-    "negative", "minus", "loss", "squared", "pi", "to 7", "plus", "sines", "cosine", "tangent", "logs",
+    "negative", "minus", "loss", "squared", "pi", "to", "to 7", "plus", "sines", "cosine", "tangent", "logs",
     "root two", "sqrt", "tenfold", "i", "y", "z", "e-3", "x^2",
     "and rising", "if any", "under"])
 def test_words_behind_a_number_that_say_more_than_a_unit_are_not_dropped(words):

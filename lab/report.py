@@ -1,6 +1,6 @@
 """Pictures, tables and paired comparisons from the files of runs: no model, no tokenizer, on any machine.
 
-    python -m lab.report RUN              # RUN/report.png, RUN/trace.html; what the gate did, on the terminal
+    python -m lab.report RUN              # report.png, mechanism.png, trace.html in RUN; what the gate did, in print
     python -m lab.report RUN --step 25    # the page of another step
     python -m lab.report RUN --window 5   # regimes, lookahead and gate as they would be with W = 5
     python -m lab.report RUN RUN ...      # out/report.png, seeds as their mean; the table of toy runs
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from pandas import DataFrame, Series, concat
 
 from egrsd import ENTROPY_FLOOR, UserError, confidence_gate, lookahead_min, magnitude, require
@@ -175,9 +176,9 @@ def draw_results(axis, results, colours):
     axis.margins(0.15, 0.2)
     axis.grid(alpha=0.3)
 
-def draw(file, runs, results):
-    """report.png: a panel a figure, a colour a setting."""
-    settings, tables = list(dict.fromkeys(run.setting for run in runs)), panels(runs)
+def draw(file, runs, tables, results):
+    """A panel a table, and one of the results where there are some; a colour a setting."""
+    settings = list(dict.fromkeys(run.setting for run in runs))
     colours = {name: colormaps["tab20"]((2 * k + k // 10) % 20) for k, name in enumerate(settings)}
     dashes = {name: ("-", "--", ":", "-.")[k % 4] for k, name in enumerate(settings)}
     columns = max(1, 120 // (8 + max(map(len, settings))))  # of the legend
@@ -191,9 +192,10 @@ def draw(file, runs, results):
         draw_results(axes[len(tables)], results, colours)
     for unused in axes[len(tables) + min(len(results), 1):]:
         unused.remove()
-    for norm in {run.config["max_grad_norm"] for run in runs}:
-        panel[CURVES["grad_norm"]].axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
-    lines = panel[CURVES["length"]].get_lines()[:len(settings)]
+    if CURVES["grad_norm"] in panel:
+        for norm in {run.config["max_grad_norm"] for run in runs}:
+            panel[CURVES["grad_norm"]].axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
+    lines = [Line2D([], [], color=colours[name], linestyle=dashes[name]) for name in settings]
     figure.legend(lines, settings, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(file, dpi=100)
 
@@ -272,10 +274,16 @@ def report(folders, out, step, window):
     if any(run.words for run in runs):
         print_mechanism(runs)
     out.mkdir(parents=True, exist_ok=True)
-    draw(out / "report.png", runs, results)
+    tables, files = panels(runs), ["report.png"]
+    draw(out / "report.png", runs, tables, results)
+    mechanism = {title: tables[title] for title in PARTS.values() if title in tables}
+    if mechanism:
+        draw(out / "mechanism.png", runs, mechanism, results[:0])
+        files.append("mechanism.png")
     if len(runs) == 1 and runs[0].page:
         write_page(out / "trace.html", runs[0])
-    print(f"\nreport.png{', trace.html' * (len(runs) == 1 and bool(runs[0].page))} in {out}")
+        files.append("trace.html")
+    print(f"\n{', '.join(files)} in {out}")
 
 def compare(folders):
     """Accuracy minus the first evaluation's, in points, paired by problem; Avg. weighs benchmarks alike."""

@@ -669,6 +669,7 @@ def test_runs_that_lack_something_are_drawn(tmp_path, capsys):
         out = tmp_path / f"out{len(some)}{some[0].name}"
         assert report.main([*map(str, some), "--out", str(out)]) == 0
         assert (out / "report.png").exists() and (out / "trace.html").exists() == (some == [runs[2]])
+        assert (out / "mechanism.png").exists() == (runs[2] in some)
     assert len(page_data(tmp_path / "out1skipped" / "trace.html")["rollouts"]) == 1
 
 def evaluation(folder, asked, verdicts):

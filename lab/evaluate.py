@@ -112,7 +112,8 @@ def prove_sampling(engine, folder, prompt):
         logits = engine.model(input_ids=together, use_cache=False).logits[0, len(prompt) - 1:-1].float()
     whole = logits.log_softmax(1).gather(1, together[0, len(prompt):, None])[:, 0]
     gap = (whole - stepwise.to(whole)).abs().mean().item()
-    require(gap < egrsd.rounding(engine.model), f"{folder}: its samples are {gap:.2g} nats off its log-probs")
+    require(gap < egrsd.rounding_limit(engine.model),
+            f"{folder}: its samples are {gap:.2g} nats off its log-probs")
 
 def identity(path):
     """Which weights a folder holds, every byte of them, wherever it lies; a hub id stays what it is."""

@@ -1,6 +1,6 @@
 """Pictures, tables and paired comparisons from the files of runs: no model, no tokenizer, on any machine.
 
-    python -m lab.report RUN              # report.png, mechanism.png, trace.html in RUN; what the gate did, in print
+    python -m lab.report RUN              # its report.png, mechanism.png and trace.html; a table
     python -m lab.report RUN --step 25    # the page of another step
     python -m lab.report RUN --window 5   # regimes, lookahead and gate as they would be with W = 5
     python -m lab.report RUN RUN ...      # out/report.png, seeds as their mean; the table of toy runs

@@ -1617,8 +1617,8 @@ def test_vllm_in_bfloat16_passes_the_proof_and_trains(small, tmp_path):
 @needs_vllm
 def test_vllm_takes_long_prompts_of_a_whole_batch(small, tmp_path):
     rows = [dict(problem=f"{k} " + "word " * 80, solution="s", answer="1") for k in range(32)]  # 400 tokens
-    rows.append(dict(rows[0], problem="word " * 2000))  # beyond --max_length and what the model can take
-    shape = "--steps 2 --batch_size 32 --max_completion_length 8 --max_length 1000"
+    rows += 2 * [dict(rows[0], problem="word " * 2000)]  # beyond --max_length and what the model can take
+    shape = "--steps 1 --batch_size 32 --max_completion_length 8 --max_length 1000"
     data = write_rows(tmp_path / "long.jsonl", rows)
     forked(*small, *shape.split(), "--data", data, "--engine", "vllm", "--out", tmp_path / "run")
     metrics = read(tmp_path / "run" / "metrics.jsonl")

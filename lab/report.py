@@ -46,23 +46,27 @@ def read_lines(file):
         with open(file, encoding="utf-8", errors="replace") as lines:
             yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
-def token_table(row, h_max, view):
-    """A rollout -> a row a token: H, ahead (H^CL), delta, w, gate, bare (no lookahead), regime, text."""
+def token_table(rows, h_max, view):
+    """Rollouts of a step -> a row a token, end to end: rollout (its place in rows), H, ahead (H^CL), delta, w,
+    gate, bare (without lookahead), regime, text."""
     peak, window = max(h_max, ENTROPY_FLOOR), view["window"]
-    entropy, delta = (torch.tensor(row[name], dtype=torch.float64) for name in ("teacher_entropy", "delta"))
-    direction = (row["advantage"] > 0) - (row["advantage"] < 0)
-    table = DataFrame(dict(H=entropy, ahead=lookahead_min(entropy, window), delta=delta,
-                           w=magnitude(delta, direction, view["clip"]),
-                           gate=confidence_gate(entropy, peak, view["gamma"], window),
+    entropies = [torch.tensor(row["teacher_entropy"], dtype=torch.float64) for row in rows]
+    lengths = torch.tensor([len(each) for each in entropies])
+    direction = torch.tensor([row["advantage"] for row in rows]).sign().repeat_interleave(lengths)
+    delta = torch.tensor(sum((row["delta"] for row in rows), []), dtype=torch.float64)
+    entropy, ahead = torch.cat(entropies), torch.cat([lookahead_min(each, window) for each in entropies])
+    table = DataFrame(dict(rollout=torch.arange(len(rows)).repeat_interleave(lengths), H=entropy, ahead=ahead,
+                           delta=delta, w=magnitude(delta, direction, view["clip"]),
+                           gate=confidence_gate(ahead, peak, view["gamma"]),
                            bare=confidence_gate(entropy, peak, view["gamma"])))
     unsure = table["H"] >= TAU_HIGH * peak
     regimes = dict(lock=table["H"] <= TAU_LOW * peak, fork=unsure & (table["ahead"] >= TAU_HIGH * peak),
                    pivot=unsure & (table["ahead"] <= TAU_LOW * peak))
-    text = Series(row["tokens"], dtype=object)  # which may hold half a surrogate pair
+    text = Series(sum((row["tokens"] for row in rows), []), dtype=object)  # may hold half a surrogate pair
     return table.assign(regime=np.select([*regimes.values()], [*regimes], "mid"), text=text)
 
 def step_sums(tokens):
-    """The token tables of a step, end to end -> a row a part: its tokens, sums of |delta|, gate and bare."""
+    """The token table of a step -> a row a part: its tokens, sums of |delta|, gate and bare."""
     decile = (tokens["H"].rank(method="first").astype(int) - 1) * 10 // len(tokens) + 1
     sums = tokens[["delta", "gate", "bare"]].abs().assign(tokens=1)
     parts = [sums.groupby(part).sum() for part in (decile, tokens["regime"])]
@@ -90,7 +94,7 @@ def load_run(folder, window, step):
                 and math.isfinite(sum(row["delta"] + row["teacher_entropy"]))]
         if rows:
             h_max = max(max(row["teacher_entropy"]) for row in rows)  # that of the metrics, to 4 digits
-            tokens = concat([token_table(row, h_max, view) for row in rows], ignore_index=True)
+            tokens = token_table(rows, h_max, view)
             sums.append(step_sums(tokens).assign(step=number))
             words.update(zip(tokens["regime"], tokens["text"]))
             page = (number, h_max, rows) if step in (number, None) else page
@@ -249,15 +253,15 @@ def write_page(file, run):
         return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
     step, h_max, rows = run.page
-    tables = [token_table(row, h_max, run.view) for row in rows]
-    means = token_means(step_sums(concat(tables, ignore_index=True)).assign(step=step), "step").loc[step]
+    table = token_table(rows, h_max, run.view)
+    means = token_means(step_sums(table).assign(step=step), "step").loc[step]
     means = means.reindex(REGIMES)[["share", "gate", "bare"]].fillna(0)
     data = dict(run.view, step=step, method=run.config["method"], peak=max(h_max, ENTROPY_FLOOR), low=TAU_LOW,
                 high=TAU_HIGH, count=len(rows), regimes=means.to_dict("index"), rollouts=[])
     names, tokens, size = ("problem", "gold", "correct", "truncated", "reward", "advantage"), 0, 0
-    for row, table in zip(rows, tables):
-        rollout = {**{name: row[name] for name in names}, **table.round(3).to_dict("list")}
-        tokens, size = tokens + len(table), size + len(block(rollout))
+    for row, (_, own) in zip(rows, table.round(3).groupby("rollout")):
+        rollout = {**{name: row[name] for name in names}, **own.drop(columns="rollout").to_dict("list")}
+        tokens, size = tokens + len(own), size + len(block(rollout))
         if tokens <= PAGE_TOKENS and size <= PAGE_BYTES:
             data["rollouts"].append(rollout)
     page, place = Path(__file__).with_name("trace.html").read_text(encoding="utf-8"), 'id="data">'

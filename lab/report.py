@@ -47,8 +47,8 @@ def read_lines(file):
             yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 def token_table(rows, h_max, view):
-    """Rollouts of a step -> a row a token, end to end: rollout (its place in rows), H, ahead (H^CL), delta, w,
-    gate, bare (without lookahead), regime, text."""
+    """Rollouts of a step -> a row a token, end to end: rollout (its place in rows), H, ahead (H^CL), delta,
+    w, gate, bare (without lookahead), regime, text."""
     peak, window = max(h_max, ENTROPY_FLOOR), view["window"]
     entropies = [torch.tensor(row["teacher_entropy"], dtype=torch.float64) for row in rows]
     lengths = torch.tensor([len(each) for each in entropies])
@@ -111,6 +111,8 @@ def name_settings(runs):
     for run, own in zip(runs, every):
         differs = [name for name in own if any(other.get(name, own[name]) != own[name] for other in every)]
         shown = [f"{name} {own[name]}" for name in own if name in (*differs, "gamma", "window")]
+        if run.view["window"] != run.config["window"]:
+            shown.append(f"seen with window {run.view['window']}")
         run.setting = run.metrics["setting"] = ", ".join([run.config["method"], *shown])
         run.sums["setting"] = run.setting
 
@@ -210,8 +212,8 @@ def print_markdown(table):
     print()
 
 def print_results(results):
-    """Markdown: mean ± standard deviation over seeds; avg@K minus that of the first setting, paired by seed,
-    ± standard error (number of pairs); the gamma x W grid (Table A3) where both vary."""
+    """Markdown: mean ± standard deviation over seeds; avg@K and length minus those of the first setting,
+    paired by seed, ± standard error (number of pairs); the gamma x W grid (Table A3) where both vary."""
     def cell(values, spread=Series.std):
         values = values.dropna()
         return f"{values.mean():.1f}" * (len(values) > 0) + f" ± {spread(values):.1f}" * (len(values) > 1)
@@ -219,11 +221,13 @@ def print_results(results):
     settings = results.groupby("setting", sort=False)
     table = settings[["avg@K", "gain", "length", "eff"]].agg(cell)
     table.insert(0, "seeds", settings["seed"].nunique().replace(0, ""))
-    by_seed = results.pivot_table("avg@K", "seed", "setting", sort=False)
-    first, *others = by_seed
-    if others:
-        gaps = by_seed[others].sub(by_seed[first], axis=0)
-        table[f"minus {first}"] = gaps.apply(lambda gap: f"{cell(gap, Series.sem)} ({gap.count()})")
+    for name in ("avg@K", "length"):
+        by_seed = results.pivot_table(name, "seed", "setting", sort=False)
+        first, *others = by_seed
+        if others:
+            gaps = by_seed[others].sub(by_seed[first], axis=0)
+            cells = gaps.apply(lambda gap: f"{cell(gap, Series.sem)} ({gap.count()})")
+            table[f"{name} minus {first}"] = cells
     print_markdown(table)
     grid = gamma_window_grid(results, cell)
     if grid is not None:
@@ -256,8 +260,9 @@ def write_page(file, run):
     table = token_table(rows, h_max, run.view)
     means = token_means(step_sums(table).assign(step=step), "step").loc[step]
     means = means.reindex(REGIMES)[["share", "gate", "bare"]].fillna(0)
-    data = dict(run.view, step=step, method=run.config["method"], peak=max(h_max, ENTROPY_FLOOR), low=TAU_LOW,
-                high=TAU_HIGH, count=len(rows), regimes=means.to_dict("index"), rollouts=[])
+    data = dict(run.view, trained=run.config["window"], step=step, method=run.config["method"], low=TAU_LOW,
+                peak=max(h_max, ENTROPY_FLOOR), high=TAU_HIGH, count=len(rows),
+                regimes=means.to_dict("index"), rollouts=[])
     names, tokens, size = ("problem", "gold", "correct", "truncated", "reward", "advantage"), 0, 0
     for row, (_, own) in zip(rows, table.round(3).groupby("rollout")):
         rollout = {**{name: row[name] for name in names}, **own.drop(columns="rollout").to_dict("list")}

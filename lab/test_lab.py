@@ -632,14 +632,15 @@ def test_hostile_text_stays_text_and_a_full_page_is_below_2_mb(tmp_path):
 
 def test_the_table_holds_mean_spread_and_the_difference_paired_by_seed(tmp_path, capsys):
     after = {("rlsd", 2): 50.0, ("rlsd", 1): 40.0, ("egrsd", 1): 43.0, ("egrsd", 2): 57.0, ("egrsd", 3): 80.0}
-    folders = [write(tmp_path / f"{method}-{seed}", method=method, seed=seed, results=[(20.0, 80.0), (x, 50.0)],
-                     model=f"{method}/model") for (method, seed), x in after.items()]
+    folders = [write(tmp_path / f"{method}-{seed}", method=method, seed=seed, model=f"{method}/model",
+                     results=[(20.0, 80.0), (x, 50.0 if method == "rlsd" else 50.0 + 2 * seed)])
+               for (method, seed), x in after.items()]
     assert report.main([*map(str, folders), "--out", str(tmp_path / "all")]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if "|" in line] == [
-        "| setting | seeds | avg@K | gain | length | eff | minus rlsd |", "| --- | --- | --- | --- | --- | --- | --- |",
-        "| before |  | 20.0 |  | 80.0 | 250.0 |  |",
-        "| rlsd | 2 | 45.0 ± 7.1 | 25.0 ± 7.1 | 50.0 ± 0.0 | 900.0 ± 141.4 |  |",
-        "| egrsd, gamma 1.0, window 3 | 3 | 60.0 ± 18.7 | 40.0 ± 18.7 | 50.0 ± 0.0 | 1200.0 ± 373.6 | 5.0 ± 2.0 (2) |"]
+        "| setting | seeds | avg@K | gain | length | eff | avg@K minus rlsd | length minus rlsd |", "| --- " * 8 + "|",
+        "| before |  | 20.0 |  | 80.0 | 250.0 |  |  |",
+        "| rlsd | 2 | 45.0 ± 7.1 | 25.0 ± 7.1 | 50.0 ± 0.0 | 900.0 ± 141.4 |  |  |",
+        "| egrsd, gamma 1.0, window 3 | 3 | 60.0 ± 18.7 | 40.0 ± 18.7 | 54.0 ± 2.0 | 1103.7 ± 303.7 | 5.0 ± 2.0 (2) | 3.0 ± 1.0 (2) |"]
 
 def test_a_grid_of_gammas_and_windows_is_printed_and_drawn_also_with_a_hole(tmp_path, capsys, monkeypatch):
     from matplotlib.axes import Axes

@@ -4,9 +4,9 @@
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
 Something is left to learn: the toy's plain solutions hold slips and a second pass, those with a reference in
-the prompt hardly any, so the privileged view really knows better. The paper's three regimes exist by
-construction: digits are locks, idle words forks; whether to work a column again, and the whole sum, are
-pivots. Model and problems are made once, in --toy, the same ones for every seed. The same command again goes
+the prompt hardly a slip and fewer second passes, so the privileged view really knows better. The paper's
+three regimes exist by construction: digits are locks, idle words forks; whether to work a column again, or
+the whole sum once more, are pivots. Model and problems are made once, in --toy, the same ones for every seed. The same command again goes
 on where it stopped.
 """
 import json, os, random, re, sys
@@ -19,12 +19,12 @@ from lab import evaluate
 
 PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 400, 24
 FLAGS = dict(lr=5e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
-START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the accuracy before hangs on
+START = ("model", "thinking", "max_completion_length", "dtype")  # flags that change the accuracy before
 
 # ===================================== Problems and their solutions ======================================
 
-# Words of one token each. Idle ones, always as many, open every pass over the columns: runs of random length
-# would fall to the length reward.
+# Words of one token each. Idle ones open every pass over the columns, always as many: the length reward would
+# unlearn longer runs of them.
 IDLE = [f"{word} " for word in
         "alright first good here hmm let look next now okay right see then us we well".split()]
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
@@ -41,7 +41,7 @@ def columns(rng, a, b, slip, idle=IDLE_RUN):
     for k, name in enumerate(COLUMNS):
         x, y = a // 10**k % 10, b // 10**k % 10
         work, right = f"{x}+{y}+{carry}=", x + y + carry
-        written = abs(right + rng.choice((-1, 1))) if rng.random() < slip else right
+        written = abs(right + rng.choice((-1, 1))) if rng.random() < slip else right  # 1 instead of -1
         text += f"{name}{work}{written:02}"
         while rng.random() < (NEEDLESS if written == right else NOTICED):
             written = right
@@ -152,7 +152,8 @@ def pretrain(folder, seed=0):
         for k in range(0, len(rows), 6):  # by length: less padding
             (summed_loss(model, rows[k:k + 6]) / tokens).backward()
         for p, average in momentum.items():
-            p.grad = orthogonalised(p.grad.lerp(average.lerp_(p.grad, 0.05), 0.95))
+            average.lerp_(p.grad, 0.05)
+            p.grad = orthogonalised(p.grad.lerp(average, 0.95))  # Nesterov's momentum
         for each in [*optimizers, *schedules]:
             each.step()
         model.zero_grad()
@@ -203,14 +204,14 @@ def parse(argv):
     given, toy = egrsd.parse_flags(rest), Path(flags.toy)
     egrsd.require("resume" not in given, "--resume: the same command again goes on by itself")
     named = {flag: given[flag] for flag in vars(egrsd.Config()) if flag in given.keys() - {"out", "method"}}
-    named["seed"] = named.pop("seed", 0)  # the last word
+    named["seed"] = named.pop("seed", 0)  # last in the folder's name
     start = {flag: named[flag] for flag in START if flag in named}
     out = given.pop("out", toy / label(given.get("method", "egrsd"), named))
     own = dict(model=str(toy / "model"), data=str(toy / "train.jsonl"))
     return toy, Path(out), {**FLAGS, **own, **given}, start
 
 def evaluated(what, toy, folder, cfg):
-    """Four samples of each held-out problem; their line of results is in the folder afterwards."""
+    """Four samples of each held-out problem; the folder holds their results afterwards."""
     evaluate.run([str(what), str(toy / "test.jsonl"), *as_argv(dict(
         out=folder, max_completion_length=cfg.max_completion_length, thinking=cfg.thinking, engine="hf",
         dtype=cfg.dtype))])

@@ -6,7 +6,6 @@ two ranks have to meet, they are forked from one that holds the libraries. lab/ 
 
     python -m pytest -q -n 2 --dist loadgroup test_egrsd.py     # under 3 minutes on two cores
     python -m pytest -q -n 2 -m slow test_egrsd.py              # kill -9 over 60 saves; 1,000 steps
-    python -m pytest -q -s -m bench test_egrsd.py               # prints, judges nothing
 """
 import copy, hashlib, importlib.util, json, math, multiprocessing, os, random, re, resource, shutil, signal, socket
 import shlex, subprocess, sys, tempfile, time, types, warnings
@@ -35,7 +34,7 @@ def only_with(name):
     skip = pytest.mark.skipif(f"'{name}' not in config.option.markexpr", reason=f"only with -m {name}")
     return lambda test: mark(skip(test))
 
-bench, slow, gpu = map(only_with, ("bench", "slow", "gpu"))
+slow, gpu = map(only_with, ("slow", "gpu"))
 
 def close(ours, theirs, atol):
     """Two tensors or lists agree; if not, the two numbers furthest apart are printed."""
@@ -47,21 +46,17 @@ def close(ours, theirs, atol):
 
 # ---------------------------------------------------------------------------------- the method, in slow loops
 
-def test_lookahead_agrees_with_a_slow_loop_for_every_window():
+def test_lookahead_and_gate_agree_with_slow_loops_for_every_window_and_stay_between_floor_and_one():
     by_hand = torch.tensor([3.0, 1.0, 2.0, 0.5])
     assert egrsd.lookahead_min(by_hand, 1).tolist() == [1.0, 1.0, 0.5, 0.5]
-    for length in (0, 1, 2, 7):
-        entropy = torch.rand(length, generator=torch.Generator().manual_seed(length))
+    for length in (0, 1, 2, 7, 50):
+        entropy = 6 * torch.rand(length, generator=torch.Generator().manual_seed(length))
         for window in (0, 1, 3, 6, 7, 100):
-            slow_twin = [min(entropy[t:t + window + 1].tolist()) for t in range(length)]
-            assert egrsd.lookahead_min(entropy, window).tolist() == slow_twin, (length, window)
-
-def test_gate_agrees_with_a_slow_loop_and_stays_between_floor_and_one():
-    entropy = torch.rand(50, generator=torch.Generator().manual_seed(1)) * 6
-    for gamma, window, h_max in ((0.3, 0, 6.0), (1.0, 5, 6.0), (0.95, 2, 7.5), (1.0, 0, 0.2), (5.0, 0, 3.0)):
-        lowest = [min(entropy[t:t + window + 1].tolist()) for t in range(50)]
-        slow_twin = [min(1.0, max(0.1, 1 - gamma * h / max(h_max, 1.0))) for h in lowest]
-        close(egrsd.confidence_gate(entropy, h_max, gamma, window), slow_twin, 1e-6)
+            lowest = [min(entropy[t:t + window + 1].tolist()) for t in range(length)]
+            assert egrsd.lookahead_min(entropy, window).tolist() == lowest, (length, window)
+            for gamma, h_max in ((0.3, 6.0), (1.0, 6.0), (0.95, 7.5), (1.0, 0.2), (5.0, 3.0)):
+                slow_twin = [min(1.0, max(0.1, 1 - gamma * h / max(h_max, 1.0))) for h in lowest]
+                close(egrsd.confidence_gate(entropy, h_max, gamma, window), slow_twin, 1e-6)
     for h, h_max, gamma, omega in ((2.0, 2.0, 1.0, 0.1), (0.0, 2.0, 1.0, 1.0), (0.5, 0.5, 0.3, 0.85)):
         close(egrsd.confidence_gate(torch.tensor([h]), h_max, gamma), [omega], 1e-6)  # floor, ceiling, 1 nat
 
@@ -72,17 +67,6 @@ def test_magnitude_agrees_with_a_slow_loop_in_both_directions():
         close(egrsd.magnitude(delta, direction), slow_twin, 1e-6)
     close(egrsd.magnitude(torch.tensor([0.1]), 1), [1.10517], 1e-5)  # by hand
     assert egrsd.magnitude(delta, 1, 0).tolist() == [1.0] * 5  # a clip of 0 is no magnitude
-
-def test_dasd_pulls_to_the_teacher_below_tau_and_pushes_away_above():
-    generator = torch.Generator().manual_seed(21)
-    entropy, delta = torch.rand(31, generator=generator) * 3, torch.randn(31, generator=generator)
-    r = egrsd.Rollout(0, {}, [], [], advantage=0.4, delta=delta, student_entropy=entropy)
-    tau = sorted(entropy.tolist())[24]  # 0.8 * 30: no interpolation needed
-    scale = sum(abs(h - tau) for h in entropy.tolist()) / 31
-    for weight, h, d in zip(egrsd.TOKEN_WEIGHT["dasd"](r).tolist(), entropy.tolist(), delta.tolist()):
-        assert weight == pytest.approx(0.4 + 0.1 * math.tanh((tau - h) / scale) * math.tanh(d), abs=1e-5)
-        assert (weight - 0.4) * d * (tau - h) >= 0
-    assert egrsd.entropy_routing(torch.tensor([1.0]), torch.tensor([0.3])).tolist() == [0.0]  # one token
 
 def test_reward_falls_linearly_with_length_and_is_0_when_wrong():
     cases = (True, 0, 0.5), (True, 256, 0.5), (True, 1024, 0.5), (False, 10, 0.5), (True, 256, 0.0)
@@ -117,11 +101,11 @@ def test_advantages_follow_equation_9_the_warm_up_the_floor_and_the_group():
 
 # --------------------------------------------------------------------------- log p, divergences and gradients
 
-def random_head(length, dtype=torch.float64):
+def random_head(length):
     """Student's and teacher's hidden states (T, 16), a head (50, 16), targets (T,), a weight a token."""
     torch.manual_seed(length)
-    hidden, teacher, head = (torch.randn(n, 16, dtype=dtype) for n in (length, length, 50))
-    return hidden, teacher, head, torch.randint(50, (length,)), torch.randn(length, dtype=dtype)
+    hidden, teacher, head = (torch.randn(n, 16, dtype=torch.float64) for n in (length, length, 50))
+    return hidden, teacher, head, torch.randint(50, (length,)), torch.randn(length, dtype=torch.float64)
 
 def naive(hidden, head, targets):
     """The formula as one writes it: log p over the vocabulary, log p(y_t), entropy."""
@@ -129,42 +113,42 @@ def naive(hidden, head, targets):
     return log_p, log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 @pytest.mark.parametrize("length", [0, 1, 511, 512, 1300])
-def test_logp_entropy_and_gradient_equal_the_full_logits_formula(length):
-    hidden, _, head, targets, weights = random_head(length)
+@pytest.mark.parametrize("clip", [0, 0.02])
+@pytest.mark.parametrize("method", ["", "opsd", "crisp"])
+def test_value_entropy_and_gradient_equal_the_full_logits_formula(method, clip, length):
+    hidden, teacher, head, targets, weights = random_head(length)
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    logp, entropy = egrsd.logp_and_entropy(ours, head, targets)
-    _, naive_logp, naive_entropy = naive(theirs, head, targets)
-    close(logp, naive_logp, 1e-12)
+    divergence = egrsd.DIVERGENCE.get(method)  # none: the value is log p, and nothing is clipped
+    value, logp, entropy = egrsd.head_terms(ours, head, targets, teacher, divergence, clip)
+    log_p, expected, naive_entropy = naive(theirs, head, targets)
+    log_q = naive(teacher, head, targets)[0]
+    close(logp, expected, 1e-12)
     close(entropy, naive_entropy, 1e-12)
-    (weights * logp).sum().backward()
-    (weights * naive_logp).sum().backward()
+    assert not logp.requires_grad and not entropy.requires_grad
+    if method:
+        one, other = (log_p, log_q) if method == "opsd" else (log_q, log_p)  # kl_div(a, b) is KL(b || a)
+        entries = F.kl_div(one, other, reduction="none", log_target=True)
+        assert not clip or length < 2 or 0.01 < (entries > clip).double().mean() < 0.99
+        expected = entries.clamp(max=clip or math.inf).sum(-1)
+    close(value, expected, 1e-12)
+    (weights * value).sum().backward()
+    (weights * expected).sum().backward()
     close(ours.grad, theirs.grad, 1e-12)
-    assert not entropy.requires_grad
+    if length == 1300 and not clip:  # in float32, as it runs; what is clipped may differ by rounding
+        half = hidden.float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):  # which does not reach it
+            value = egrsd.head_terms(half, head.float(), targets, teacher.float(), divergence)[0]
+        (weights.float() * value).sum().backward()
+        close(half.grad, theirs.grad, 1e-5 * max(1.0, theirs.grad.abs().max().item()))
     at_2 = egrsd.head_terms(hidden, head, targets, temperature=2)[0]
     close(at_2, naive(hidden / 2, head, targets)[1], 1e-12)
 
-@pytest.mark.parametrize("method, clip", [("opsd", 0.0), ("opsd", 0.02), ("crisp", 0.0), ("crisp", 0.02)])
-def test_divergence_and_gradient_equal_the_full_vocabulary_formula(method, clip):
-    hidden, teacher, head, targets, weights = random_head(600)  # three chunks
-    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    value, logp, _ = egrsd.head_terms(ours, head, targets, teacher, egrsd.DIVERGENCE[method], clip)
-    log_p, log_q = naive(theirs, head, targets)[0], naive(teacher, head, targets)[0]
-    one, other = (log_p, log_q) if method == "opsd" else (log_q, log_p)  # kl_div(a, b) is KL(b || a)
-    entries = F.kl_div(one, other, reduction="none", log_target=True)
-    if clip:
-        assert 0.01 < (entries > clip).double().mean() < 0.99
-        entries = entries.clamp(max=clip)
-    close(value, entries.sum(-1), 1e-12)
-    (weights * value).sum().backward()
-    (weights * entries.sum(-1)).sum().backward()
-    close(ours.grad, theirs.grad, 1e-12)
-    assert not logp.requires_grad
-    close(logp, naive(hidden, head, targets)[1], 1e-12)
-    if not clip:  # and in float32, as it runs; which entries are clipped may differ by rounding
-        half = hidden.float().requires_grad_()
-        value = egrsd.head_terms(half, head.float(), targets, teacher.float(), egrsd.DIVERGENCE[method])[0]
-        (weights.float() * value).sum().backward()
-        close(half.grad, theirs.grad, 1e-5 * max(1.0, theirs.grad.abs().max().item()))
+def test_logits_of_no_more_than_a_chunk_of_tokens_exist_at_a_time(monkeypatch):
+    seen, real = [], egrsd.log_probs
+    monkeypatch.setattr(egrsd, "log_probs", lambda *a: seen.append(len(a[0])) or real(*a))
+    hidden, _, head, targets, _ = random_head(1300)
+    egrsd.logp_and_entropy(hidden, head, targets)
+    assert seen == [512, 512, 276]
 
 def test_finite_differences_confirm_all_gradients():
     hidden, teacher, head, targets, _ = random_head(5)
@@ -172,18 +156,12 @@ def test_finite_differences_confirm_all_gradients():
         assert torch.autograd.gradcheck(
             lambda h: egrsd.head_terms(h, head, targets, teacher, divergence)[0], hidden.requires_grad_())
 
-@pytest.mark.parametrize("p", [0.9, 0.99, 0.999])
-def test_bf16_gradient_stays_close_to_float64_for_confident_tokens(p):
+@pytest.mark.parametrize("p, logit", [(0.9, 10.7), (0.99, 13.6), (0.999, 16.6)])
+def test_bf16_gradient_stays_close_to_float64_for_confident_tokens(p, logit):
     torch.manual_seed(5)
-    head, hidden = (torch.randn(2000, 64) / 8).bfloat16(), torch.randn(16, 64).bfloat16()
-    targets = torch.randint(2000, (16,))
-    for t in range(16):  # push each state along its target's row until the target has about probability p
-        along, base, low, high = head[targets[t]].double(), hidden[t].double(), 0.0, 60.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            reached = ((base + middle * along) @ head.double().T).softmax(-1)[targets[t]].item()
-            low, high = (middle, high) if reached < p else (low, middle)
-        hidden[t] = (base + high * along).bfloat16()
+    head, targets = (torch.randn(2000, 64) / 8).bfloat16(), torch.randint(2000, (16,))
+    along = head[targets].float()  # with such states the target has this logit, and so about probability p
+    hidden = (logit * along / along.square().sum(1, keepdim=True)).bfloat16()
     ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     logp, entropy = egrsd.logp_and_entropy(ours, head, targets)
     _, exact_logp, exact_entropy = naive(exact, head.double(), targets)
@@ -195,15 +173,6 @@ def test_bf16_gradient_stays_close_to_float64_for_confident_tokens(p):
     exact_logp.sum().backward()
     error = (ours.grad.double() - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
     assert error.max() < 0.05, error.max()
-
-def test_autocast_does_not_reach_log_p():
-    hidden, teacher, head, targets, _ = random_head(9, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        value, logp, entropy = egrsd.head_terms(hidden, head, targets, teacher, egrsd.forward_kl)
-    log_p, naive_logp, naive_entropy = naive(hidden, head, targets)
-    log_q = naive(teacher, head, targets)[0]
-    expected = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1), naive_logp, naive_entropy
-    close(torch.stack([value, logp, entropy]), torch.stack(expected), 1e-5)
 
 # -------------------------------------------------------------------------- a tiny real model, and runs of it
 
@@ -463,20 +432,18 @@ def test_a_following_teacher_starts_as_the_student_and_moves_as_far_as_it_is_tol
     egrsd.follow(model, 1.0)
     assert delta() < 1e-5
 
-@pytest.mark.parametrize("dropout", [{}, dict(attention_dropout=0.5)])
-def test_dropout_in_a_config_is_off_and_checkpointed_activations_change_nothing(dropout, tmp_path):
-    make_model(tmp_path / "model", **dropout)
-    gradients = []
-    for checkpoint in (False, True):
-        flags = dict(lora_rank=4, method="sft", grad_checkpoint=checkpoint)
-        cfg = egrsd.Config(model=str(tmp_path / "model"), **flags)
+def test_dropout_in_a_config_is_off_and_checkpointed_activations_change_nothing(tiny, tmp_path):
+    dropout, gradients = make_model(tmp_path / "model", attention_dropout=0.5), []
+    for path, checkpoint in ((tiny, False), (dropout, False), (dropout, True)):  # of the same weights
+        cfg = egrsd.Config(model=str(path), lora_rank=4, method="sft", grad_checkpoint=checkpoint)
         model, calls = egrsd.load_model(cfg, CPU), []
         model.get_base_model().model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
         egrsd.learn(model, [egrsd.Rollout(0, {}, [5, 6, 7], [], [20, 30, 40, 50])], cfg, 0.0, 4)
         assert len(calls) == 1 + checkpoint  # recomputed
         names = [name for name, _ in model.named_parameters() if "lora_B" in name]
         gradients.append(torch.cat([model.get_parameter(name).grad.flatten() for name in names]))
-    close(*gradients, 1e-7)
+    close(gradients[0], gradients[1], 1e-7)
+    close(gradients[0], gradients[2], 1e-7)
 
 # ------------------------------------------------------------------------------------- the loop, from outside
 
@@ -496,18 +463,9 @@ def test_a_step_recomputed_from_outside_with_plain_transformers_and_peft(step, w
     rollouts = [r for r in rows if r["step"] == step]
     earlier = torch.tensor([r["reward"] for r in rows if r["step"] < step], dtype=torch.float64)
 
-    def padded_log_probs(model, view):
-        """All rows in one pass, padded, with a mask."""
-        ids = [r[view] + r["completion_ids"] for r in rollouts]
-        width = max(map(len, ids))
-        padded = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
-        log_p = model(input_ids=padded, attention_mask=mask).logits.log_softmax(-1)
-        return [log_p[i, len(r[view]) - 1:len(ids[i]) - 1] for i, r in enumerate(rollouts)]
-
     with torch.no_grad():
-        teacher = padded_log_probs(base, "teacher_ids")
-    learner = padded_log_probs(student, "prompt_ids")
+        teacher = [log_probs(base, r["teacher_ids"], r["completion_ids"]) for r in rollouts]
+    learner = [log_probs(student, r["prompt_ids"], r["completion_ids"]) for r in rollouts]
     entropy = [(-log_p.exp() * log_p).sum(-1).tolist() for log_p in teacher]
     h_max, tokens, loss, omegas, clipped = max(map(max, entropy)), sum(map(len, entropy)), 0.0, [], 0
     for i, r in enumerate(rollouts):
@@ -708,16 +666,6 @@ def test_a_thinking_teacher_changes_the_teachers_header_alone(many, tiny):
             assert egrsd.REFERENCE_BEGIN in teacher and egrsd.REFERENCE_BEGIN not in student
             assert row["problem"] in teacher and row["problem"] in student
 
-def test_pefts_float32_copies_which_are_switched_off_would_change_nothing(many, small, tmp_path):
-    def with_copies(*a, real=egrsd.load_model):
-        model = real(*a)
-        for module in model.modules():
-            module.cast_input_dtype_enabled = True
-        return model
-
-    flags = [*small, *THREE, "--dtype", "bfloat16", "--out", tmp_path / "run"]
-    same_run(trained(*flags, load_model=with_copies), many / "one" / "bfloat16", 3)
-
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Olmo3"])
 def test_other_decoders_train_also_without_a_chat_template(kind, small, tmp_path):
     make_model(tmp_path / "model", kind, template=None if kind == "Olmo3" else TEMPLATE, head_dim=8)
@@ -728,9 +676,8 @@ def test_other_decoders_train_also_without_a_chat_template(kind, small, tmp_path
 
 def test_the_temperature_of_log_p_is_changed_in_one_place_and_the_gap_stays_at_1(small, whole, tmp_path):
     source = (HERE / "egrsd.py").read_text(encoding="utf-8")
-    line = "LOGP_TEMPERATURE = 1.0"
-    assert line in source
-    (tmp_path / "fork.py").write_text(source.replace(line, line[:-3] + "1.1"), "utf-8")
+    fork = source.replace("LOGP_TEMPERATURE = 1.0", "LOGP_TEMPERATURE = 1.1")
+    (tmp_path / "fork.py").write_text(fork, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("fork", tmp_path / "fork.py")
     sys.modules["fork"] = fork = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fork)
@@ -815,9 +762,11 @@ egrsd.teach = teach
 """
     run = Forked(*small, "--out", tmp_path / "run", patch=hang)
     run.until(lambda: "hangs" in run.out)
-    for pause in (1.5, 0):  # torchrun hands one Ctrl-C on twice, at once
+    for pause in (0.3, 1.5):  # torchrun hands one Ctrl-C on twice: within a second two count as one
         run.kill(signal.SIGINT)
         time.sleep(pause)
+    assert run.processes[0].is_alive()
+    run.kill(signal.SIGINT)
     assert run.wait(10) == [130] and "Traceback" not in run.err, run.err
     assert newest(trained("--resume", tmp_path / "run", "--steps", 3)) == "step_3"
 
@@ -880,7 +829,7 @@ def test_changed_base_weights_stop_the_next_save(small, tmp_path, capsys):
     model.weight.data.view(torch.int32)[2, 1] ^= 1
     assert egrsd.fingerprint(model) != before  # a single bit
 
-def test_all_wrong_all_cut_off_and_empty_completions_train_on(small, tmp_path, monkeypatch):
+def test_all_wrong_all_cut_off_and_empty_completions_train_on(small, tmp_path, monkeypatch, capsys):
     def generate(self, *a, real=egrsd.HfEngine.generate, **k):
         for i, ids, logp in real(self, *a, **k):
             yield (i, [3], logp[:1]) if i == 0 else (i, ids, logp)  # nothing but the end of the turn
@@ -893,6 +842,7 @@ def test_all_wrong_all_cut_off_and_empty_completions_train_on(small, tmp_path, m
     assert {m["length"] for m in metrics} == {1} and max(m["truncated"] for m in metrics) > 50
     assert sum(row["completion"] == "" for row in rows) >= 8
     assert metrics[-1]["advantage_std"] == metrics[-1]["welford_std"] == 0
+    assert "WARNING" in capsys.readouterr().out  # those log-probs are not of the token [3]
 
 def test_main_leaves_no_process_group_and_no_signal_handler_behind(small, tmp_path):
     """That it joins a group which exists is seen in `many`, where two ranks make run after run."""
@@ -939,9 +889,6 @@ def refused(flags, message, capsys, out):
     assert error.startswith("egrsd.py: ") and error.count("\n") == 1 and message in error, error
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
-def no_model(*a):
-    raise AssertionError("a model is loaded, before an error that needs none is found")
-
 BAD_FLAGS = [
     ("--gama 0.3", "--gama"), ("--gam 0.3", "--gam"), ("stray", "stray"), ("--toy", "--toy"),
     ("--gamma", "expected one argument"), ("--gamma nan", "--gamma nan: must be a finite number not below 0"),
@@ -966,7 +913,7 @@ BAD_FLAGS = [
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
 def test_a_bad_flag_is_a_line_before_a_model_is_loaded(flags, message, small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(egrsd, "load_base", no_model)
+    monkeypatch.delattr(egrsd, "load_base")  # the error is found before a model is loaded
     (tmp_path / "problems.txt").write_text("{}")
     given = [word.replace("{file}", f"{tmp_path}/problems.txt") for word in flags.split()]
     others = [] if "--resume" in flags else [*small, "--out", tmp_path / "run"]
@@ -982,7 +929,7 @@ BAD_DATA = {
 
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_a_bad_data_file_is_named_with_what_is_wrong(name, small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(egrsd, "load_base", no_model)
+    monkeypatch.delattr(egrsd, "load_base")
     content, message = BAD_DATA[name]
     path = tmp_path / ("bad.parquet" if name == "parquet" else "bad.jsonl")
     path.write_bytes(content)
@@ -1006,19 +953,12 @@ def cut(file, share=0.5):
 def template(text):
     return lambda folder: make_tokenizer(text).save_pretrained(folder)
 
-def more_tokens(folder):
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([f"new{i}" for i in range(9)])
-    tokenizer.save_pretrained(folder)
-
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 14528\n"
 BAD_MODELS = {  # how a good model's folder is spoilt, or the sizes of another kind; what the line says
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
     "lfs pointer": (lambda f: (f / "model.safetensors").write_text(LFS), "cannot be loaded"),
     "truncated": (lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
-    "empty weights": (lambda f: cut(f / "model.safetensors", 0), "cannot be loaded"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
-    "no head": (lambda f: reweigh(f, lambda w: w.pop("lm_head.weight")), "lack weights: lm_head.weight"),
     "a gap": (lambda f: reweigh(f, lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), "lack weights"),
     "other sizes": (lambda f: edit(f / "config.json", intermediate_size=64), "cannot be loaded"),
     "nan weights": (lambda f: reweigh(f, lambda w: w["model.norm.weight"].fill_(math.nan)), "not finite"),
@@ -1028,9 +968,8 @@ BAD_MODELS = {  # how a good model's folder is spoilt, or the sizes of another k
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "makes nothing of"),
     "torn tokenizer": (lambda f: cut(f / "tokenizer.json"), "no model there"),
     "no eos": (lambda f: edit(f / "tokenizer_config.json", eos_token=None), "no eos_token"),
-    "more tokens": (more_tokens, "114 tokens in its tokenizer, but 105 in the model"),
+    "Qwen3": (dict(vocab_size=99), "105 tokens in its tokenizer, but 99 in the model"),
     "template raises": (template("{{ raise_exception('system turn!') }}"), "template fails (system turn!"),
-    "template breaks": (template("{% for m in"), "template fails"),
     "mute template": (template("{% for m in messages %}<|user|>{% endfor %}"), "does not show the problem"),
     "T5": (dict(d_model=32, d_kv=8, d_ff=48, num_heads=4, decoder_start_token_id=0), "cannot be loaded"),
     "GPT2": (dict(n_embd=32, n_head=4, n_layer=2, n_positions=512), "lacking, or more"),
@@ -1062,7 +1001,6 @@ BAD_RESUMES = {  # further flags; what happens to a copy of a run before; what t
     "base": ("", lambda run: make_model(run.parent / "model", seed=8), "not the base of"),
     "torn config": ("", lambda run: cut(run / "config.json"), "config.json: not the configuration of a run"),
     "foreign": ("", lambda run: (run / "config.json").write_text("{}"), "not the configuration of a run"),
-    "list": ("", lambda run: (run / "config.json").write_text("[1]"), "not the configuration of a run"),
     "gone": ("", lambda run: (run / "config.json").unlink(), "no run there"),
     "older": ("", lambda run: set_config(run, tokens_per_pass=9), "of another version of this program"),
     "torn state": ("", lambda run: cut(run / "step_12/trainer.pt"), "step_12: cannot be read"),
@@ -1190,35 +1128,31 @@ def test_draw_gives_each_epoch_once_straddles_epochs_and_counts_long_rows():
         changed = egrsd.dataclasses.replace(cfg, **changes)
         return [row["problem"].split()[0] for row, *_ in egrsd.draw(rows, tokenizer, changed, state, count)]
 
-    def start(position=0):
-        return dict(position=position, too_long=0)
-
-    state = start()
+    fresh = dict(position=0, too_long=0)
+    state = dict(fresh)
     names = [name for _ in range(6) for name in draw(state, 4)]
     for epoch in range(4):
         assert sorted(names[epoch * 6:epoch * 6 + 6]) == ["p0", "p1", "p2", "p4", "p5", "p6"]
     assert names[:6] != names[6:12] and state["too_long"] in (3, 4)
     torch.manual_seed(5)  # the order depends on no global state
-    assert draw(start(), 6) == names[:6] != draw(start(), 6, seed=1)
-    assert draw(start(state["position"]), 3) == draw(state, 3)
+    assert draw(dict(fresh), 6) == names[:6] != draw(dict(fresh), 6, seed=1)
+    assert draw(dict(state), 3) == draw(state, 3)
     rows[2]["solution"] = "s" * 100  # sft skips a reference that is too long, too
-    assert sorted(draw(start(), 5, method="sft")) == ["p0", "p1", "p4", "p5", "p6"]
+    assert sorted(draw(dict(fresh), 5, method="sft")) == ["p0", "p1", "p4", "p5", "p6"]
     with pytest.raises(egrsd.UserError, match="too short for every problem"):
         draw(state, 1, max_length=12)
     for row in rows[1:]:  # one row in seven fits: sparse, but no error
         row["problem"] += " long" * 100
-    assert draw(start(), 50) == ["p0"] * 50
+    assert draw(dict(fresh), 50) == ["p0"] * 50
 
 # ------------------------------------------------------------------------------------------------- grading
 
 def boxed(answer):
     return rf"So \boxed{{{answer}}}."
 
-
 def test_graded_pairs_get_the_verdict_of_a_fair_grader_or_the_disagreement_is_known():
     unfair = [(completion, gold, fair) for completion, gold, fair, _ in PAIRS if egrsd.grade(completion, gold) != fair]
     assert unfair == [(completion, gold, fair) for completion, gold, fair, reason in PAIRS if reason]
-
 
 @pytest.mark.parametrize("words", [
     "or more", "if n is even", "when x", "not", "nonzero", "less", "at least", "most", "than that", "over", "under 6", "above", "below", "after noon",
@@ -1232,7 +1166,6 @@ def test_words_behind_a_number_that_say_more_than_a_unit_are_not_dropped(words):
     assert egrsd.grade(boxed("5"), rf"5\text{{ {words}}}") is False
     assert egrsd.grade(boxed(rf"5\text{{ {words}}}"), rf"5\text{{ {words}}}") is True
 
-
 def test_32_hostile_answers_are_bounded_and_wrong_and_leave_the_grader_well():
     assert len(HOSTILE) == 32
     start = time.process_time()
@@ -1242,22 +1175,18 @@ def test_32_hostile_answers_are_bounded_and_wrong_and_leave_the_grader_well():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**20 * 1.5  # KiB; torch and this suite included
     assert egrsd.grade(r"\boxed{\frac12}", "0.5") is True
 
-
 def test_32_ordinary_answers_cost_under_a_tenth_of_a_second():
     egrsd.grade(r"\boxed{\frac12}", "0.5")
-    ordinary = [(f"{n}", f"{n}.0") for n in range(26)] + [(rf"\frac{{{n}}}{{7}}", rf"\frac{{{n}}}{{7}}") for n in range(4)]
-    ordinary += [(r"\frac12", "0.5"), (r"2\sqrt{2}", r"\sqrt{8}")]
+    ordinary = [(f"{n}", f"{n}.0") for n in range(30)] + [(r"\frac12", "0.5"), (r"2\sqrt{2}", r"\sqrt{8}")]
     start = time.process_time()
     assert all(egrsd.grade(boxed(answer), gold) for answer, gold in ordinary)
     assert time.process_time() - start < 0.1
-
 
 def test_a_busy_machine_refuses_no_right_answer(monkeypatch):
     egrsd.grade(r"\boxed{\frac12}", "0.5")
     real = egrsd.same
     monkeypatch.setattr(egrsd, "same", lambda *texts: time.sleep(1.5) or real(*texts))  # the clock runs, the processor not
     assert egrsd.grade(r"\boxed{\frac12}", "0.5") is True
-
 
 def test_an_alarm_of_the_callers_survives_grading():
     before = signal.signal(signal.SIGALRM, lambda *_: None)
@@ -1271,7 +1200,6 @@ def test_grading_from_another_thread_is_an_error_not_a_verdict():
     with pytest.raises(RuntimeError, match="main thread"):
         ThreadPoolExecutor(1).submit(egrsd.grade, r"\boxed{5}", "5").result()
 
-
 @pytest.mark.parametrize("text, box", [
     (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}} \boxed{3", r"\frac{1}{2}"), (r"\boxed{a\}b}", r"a\}b"), ("none", None),
     (r"\boxed {x}", "x"), (r"\boxed{}", ""), (r"\boxed{1 \boxed{2}}", "2"), ("}}" + r"\boxed{{{7}}}", "{{7}}"), ("", None),
@@ -1279,13 +1207,11 @@ def test_grading_from_another_thread_is_an_error_not_a_verdict():
 def test_last_boxed(text, box):
     assert egrsd.last_boxed(text) == box
 
-
 def test_a_long_text_costs_linear_time():
     start = time.process_time()
     assert egrsd.last_boxed(r"\boxed{" * 100_000) is None
     assert egrsd.grade("\\boxed{" + "1" * 1_000_000 + "}", "2") is False
     assert time.process_time() - start < 2
-
 
 @pytest.mark.parametrize("row, gold", [
     (dict(answer="So 3.\n#### 1,234"), "1,234"), (dict(answer=33), "33"), (dict(Answer=0), "0"), (dict(answer=2.5), "2.5"),
@@ -1300,7 +1226,6 @@ def test_a_long_text_costs_linear_time():
 def test_gold_answer(row, gold):
     assert egrsd.gold_answer(row) == gold
 
-
 def written(rng, q):
     """One of the ways to write a rational number."""
     sign, n, d, k = "-" if q < 0 else "", abs(q.numerator), q.denominator, rng.randint(2, 5)
@@ -1310,7 +1235,6 @@ def written(rng, q):
                            rf"{sign}\tfrac{{{n * k}}}{{{d * k}}}", rf"{sign}\left(\frac{{{n}}}{{{d}}}\right)", *decimals])
     return rng.choice([f"{q}", f"{q}.0", f"{n * k * (-1 if q < 0 else 1)}/{k}", rf"\text{{{q}}}", f"{int(q):,}".replace(",", "{,}"),
                        f"{int(q):,}".replace(",", r"\,")])
-
 
 def constructed(rng):
     """(answer, gold, are they equal?), known by construction: some rationals in some form, one of them perhaps another."""
@@ -1327,7 +1251,6 @@ def constructed(rng):
         return form.format(answer[1], answer[0], answer[2]), form.format(*gold), False
     return form.format(*answer), form.format(*gold), equal
 
-
 def test_answers_that_are_equal_or_not_by_construction():
     rng = random.Random(1)
     pairs = [constructed(rng) for _ in range(300)]
@@ -1336,26 +1259,17 @@ def test_answers_that_are_equal_or_not_by_construction():
     refused = [pair for pair, verdict in zip(pairs, verdicts) if pair[2] and not verdict]
     assert len(refused) <= 3, refused
 
-
 def test_exercises_are_right_against_themselves_rewritten_and_wrong_against_each_other():
     for i, (gold, _) in enumerate(EXERCISES):
         for j, (_, again) in enumerate(EXERCISES):
             if i == j or (i + j) % 5 == 0:
                 assert egrsd.grade(boxed(again), gold) == (i == j), (again, gold)
 
-
 # --------------------------------------------------------------------------------- the proof of the hand-over
-
-def without_adapter(real, self, model, step):
-    self.model = self.merged = self.merged or copy.deepcopy(model).unload()
 
 def first_for_ever(real, self, model, step):
     if self.merged is None:
         real(self, model, step)
-
-def one_behind(real, self, model, step):
-    real(self, getattr(self, "kept", model), step)
-    self.kept = copy.deepcopy(model)
 
 def attention_forgotten(real, self, model, step):
     real(self, model, step)
@@ -1367,42 +1281,23 @@ def another_base(real, self, model, step):
     real(self, model, step)
     self.merged.lm_head.weight.copy_(model.get_base_model().lm_head.weight.flip(0))
 
-FAULTS = [without_adapter, first_for_ever, one_behind, attention_forgotten, another_base]
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [first_for_ever, attention_forgotten, another_base])
 def test_an_engine_that_does_not_sample_from_what_is_trained_is_refused(
         fault, small, tmp_path, capsys, monkeypatch):
     real = egrsd.HfEngine.sync
     monkeypatch.setattr(egrsd.HfEngine, "sync", torch.no_grad()(lambda *a: fault(real, *a)))
     refused([*small, "--out", tmp_path / "run"], "does not sample from the trained weights", capsys, tmp_path)
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_proof_passes_for_the_right_engine_and_leaves_all_as_it_was(dtype, tiny):
-    model = lora_model(tiny, dtype=dtype)
-    engine, before = egrsd.HfEngine(model, [3, 40]), {name: p.clone() for name, p in model.named_parameters()}
-    egrsd.prove_handover(model, engine, [5, 6, 7])
-    assert not [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
-    assert engine.ends == [3, 40]
-
 # ----------------------------------------------------------------------------------------- snapshots and logs
 
-def test_a_snapshot_holds_adapter_card_and_state_and_agrees_with_the_trainer_in_plain_peft(whole, tiny):
+def test_a_snapshot_holds_adapter_state_and_a_card_whose_command_can_be_typed_again(whole, tiny):
+    """That plain PEFT makes of it what the trainer had is seen where steps are recomputed from outside."""
     from huggingface_hub import ModelCard
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
-    folder, ids = whole / "step_12", torch.tensor([[5, 6, 7, 30, 40, 50, 3]])
+    folder = whole / "step_12"
     assert [path.name for path in egrsd.snapshots(whole)] == [f"step_{n}" for n in range(1, 13)]
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "trainer.pt"]
     assert all(x.dtype == torch.float32 for x in adapter(folder).values())
-    base = AutoModelForCausalLM.from_pretrained(tiny)
-    trainer = egrsd.load_model(egrsd.Config(model=str(tiny), lora_rank=4), CPU)
-    set_peft_model_state_dict(trainer, load_peft_weights(folder))
-    with torch.no_grad():
-        untrained = base(input_ids=ids).logits
-        loaded = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
-        close(trainer(input_ids=ids).logits, loaded, 1e-4)
-    assert (loaded - untrained).abs().max() > 1e-2  # it has learnt
     card, last = ModelCard.load(folder / "README.md"), read(whole / "metrics.jsonl")[-1]
     assert card.data.library_name == "peft" and "egrsd" in card.data.tags and card.data.base_model is None
     for text in (str(tiny), "--gamma=0.8", f"reward {last['reward']:.4g}"):
@@ -1413,10 +1308,6 @@ def test_a_snapshot_holds_adapter_card_and_state_and_agrees_with_the_trainer_in_
     hub = ModelCard(egrsd.model_card(egrsd.Config(), dict(reward=1.0)))
     assert (hub.data.base_model, hub.data.pipeline_tag) == ("Qwen/Qwen3-8B", "text-generation")
 
-METRICS = """
-step reward accuracy length truncated advantage_mean advantage_std welford_mean welford_std h_max entropy
-student_entropy delta_abs w w_clipped omega loss grad_norm tokens skipped too_long engine_gap_mean
-engine_gap_p95 engine_gap_max lr sample_s grade_s teacher_s student_s step_s tok/s""".split()
 COLUMNS = """
 step index problem gold prompt_ids teacher_ids completion_ids completion truncated correct reward advantage
 tokens teacher_entropy student_entropy delta""".split()
@@ -1430,7 +1321,7 @@ def test_config_and_logs_hold_what_is_promised_and_agree_with_each_other(whole):
     special = re.compile("|".join(map(re.escape, SPECIAL)))
     for m in metrics:
         mine = [row for row in rows if row["step"] == m["step"]]
-        assert not {*METRICS} - m.keys() and m["engine_gap_max"] < 1e-4
+        assert m["engine_gap_max"] < 1e-4
         figures = dict(reward=[r["reward"] for r in mine], accuracy=[100 * r["correct"] for r in mine],
                        truncated=[100 * r["truncated"] for r in mine],
                        length=[len(r["tokens"]) for r in mine], advantage_mean=[r["advantage"] for r in mine],
@@ -1516,16 +1407,6 @@ def test_fuzzed_data_files_load_or_are_refused(content):
         else:
             texts = [text for row in rows for text in row.values()]
             assert all(type(text) is str and text.strip() and text.encode() for text in texts)
-
-@fuzz(1000)
-@hypothesis.given(st.lists(st.floats(0, 2.0**127, width=32), min_size=1, max_size=30), st.integers(0, 40),
-                  st.floats(0, 1e6), st.floats(0, 2.0**127))
-def test_fuzzed_gates_stay_between_a_tenth_and_one(entropies, window, gamma, max_entropy):
-    entropy = torch.tensor(entropies)
-    gate = egrsd.confidence_gate(entropy, max_entropy, gamma, window)
-    assert gate.shape == entropy.shape and bool(((gate >= 0.1) & (gate <= 1)).all())
-    lowest = [min(entropy[t:t + window + 1].tolist()) for t in range(len(entropy))]
-    assert egrsd.lookahead_min(entropy, window).tolist() == lowest
 
 # -------------------------------------------------------------------------------- slow: minutes, with -m slow
 
@@ -1623,30 +1504,6 @@ def test_vllm_takes_long_prompts_of_a_whole_batch(small, tmp_path):
     forked(*small, *shape.split(), "--data", data, "--engine", "vllm", "--out", tmp_path / "run")
     metrics = read(tmp_path / "run" / "metrics.jsonl")
     assert max(m["engine_gap_max"] for m in metrics) < 1e-3 and metrics[-1]["too_long"] > 0
-
-FRESH = """
-import json, pathlib, sys, egrsd
-egrsd.start_distributed()
-model, adapter, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-engine = egrsd.VllmEngine(model, [], "float32", 512, 8, 0.3, 4)
-engine.use(pathlib.Path(adapter))
-drawn = sorted(engine.generate(prompts, [1, 2, 3, 4], 24, 1.0, 1.0, 0))
-print("DRAWN", json.dumps([(ids, logp.tolist()) for _, ids, logp in drawn]))
-"""
-
-@needs_vllm
-def test_a_snapshot_in_plain_peft_and_in_a_fresh_vllm_agree(whole, tiny):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    prompts = [r["prompt_ids"] for r in read(whole / "rollouts.jsonl")[-4:]]
-    run = forked(tiny, whole / "step_12", json.dumps(prompts), driver=FRESH)
-    drawn = json.loads(next(line for line in run.out.splitlines() if line.startswith("DRAWN"))[5:])
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), whole / "step_12").eval()
-    for prompt, (ids, from_vllm) in zip(prompts, drawn, strict=True):
-        with torch.no_grad():
-            log_p = log_probs(model, prompt, ids)
-        close(from_vllm, log_p.gather(1, torch.tensor(ids)[:, None]), 1e-3)
-        assert len(ids) == 24
 
 @needs_vllm
 def test_a_vllm_that_cannot_start_ends_all_ranks_with_a_line(small, tmp_path):
@@ -1833,40 +1690,6 @@ def test_gpu_vllm_trains_with_graphs_and_lora_and_on_two_cards_tensor_parallel(c
     flags = [*small, "--engine", "vllm", "--steps", 6, "--tensor_parallel", cards, "--engine_memory", 0.2, "--out", tmp_path / "run"]
     forked(*flags, ranks=cards)
     assert max(m["engine_gap_mean"] for m in read(tmp_path / "run" / "metrics.jsonl")) < 0.2
-
-
-# ------------------------------------------------------------- a benchmark, which judges nothing: -m bench -s
-
-SCORING = """
-import sys, time, torch, egrsd
-torch.manual_seed(0)
-hidden, targets = torch.randn(2048, 1024, requires_grad=True), torch.randint(151936, (2048,))
-head, weight = torch.randn(151936, 1024) / 32, torch.randn(2048)
-
-def naive():
-    log_p = (hidden @ head.T).log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1).detach()
-    return log_p.gather(1, targets[:, None])[:, 0], entropy
-
-def status(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 2**20
-
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
-before, start = status("VmRSS"), time.perf_counter()
-logp, entropy = naive() if sys.argv[1] == "naive" else egrsd.logp_and_entropy(hidden, head, targets)
-(weight * logp).sum().backward()
-print(time.perf_counter() - start, status("VmHWM") - before, logp.sum().item(), hidden.grad.norm().item())
-"""
-
-@bench
-def test_bench_of_the_head():
-    rows, env = {}, {**os.environ, "OMP_NUM_THREADS": "2"}
-    print("\nT = 2,048, d = 1,024, V = 151,936, float32, two threads, forward and backward")
-    for name in ("naive", "ours"):
-        done = subprocess.run([sys.executable, "-c", SCORING, name], capture_output=True, text=True, env=env)
-        seconds, gib, *rows[name] = map(float, done.stdout.split())
-        print(f"{name}: {seconds:.1f} s, {gib:.2f} GiB more at the peak")
-    assert rows["ours"] == pytest.approx(rows["naive"], rel=1e-3)
 
 
 # ------------------------------------------- tables of the grading tests

@@ -29,7 +29,7 @@ ancestor, named there and here, is OPSD's code, of which the paper's trainer is 
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
 import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata
-import importlib.util, json, math, os, re, resource, shlex, shutil, signal, sys, tempfile
+import importlib.util, inspect, json, math, os, re, resource, shlex, shutil, signal, sys, tempfile
 import threading, time, unicodedata
 from fractions import Fraction
 from pathlib import Path
@@ -145,8 +145,7 @@ def confidence_gate(entropy, max_entropy, gamma, window=0):
 
 def entropy_routing(delta, entropy):
     """DASD: tanh((tau - H) / scale) tanh(delta). delta, entropy of the student: (T,) nats -> (T,).
-    It pulls tokens of which the student is sure towards the teacher and pushes the others away. The abstract
-    fixes no more; the formula is our reading: tau is H's 80 % quantile, scale the mean distance from it."""
+    Our reading; the abstract says only that sure tokens are pulled to the teacher, the others pushed away."""
     tau = entropy.quantile(0.8)
     scale = (entropy - tau).abs().mean().clamp(min=1e-6)
     return torch.tanh((tau - entropy) / scale) * torch.tanh(delta)
@@ -202,17 +201,16 @@ DIVERGENCE = {"opsd": forward_kl, "crisp": reverse_kl}  # D9: averaged over the 
 LOGP_TEMPERATURE = 1.0  # D1: the paper writes plain p; the ancestor divides both sides' logits by 1.1
 HEAD_CHUNK = 512  # tokens whose float32 logits over the vocabulary exist at a time
 
-def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=None, kl_clip=0.0,
-               temperature=LOGP_TEMPERATURE):
-    """hidden (T, d), head_weight (V, d), targets (T,) -> value, log p(y_t), H_t: (T,), nats.
+def head_terms(hidden, head, targets, teacher=None, divergence=None, clip=0.0, temperature=LOGP_TEMPERATURE):
+    """hidden (T, d), head (V, d), targets (T,) -> value, log p(y_t), H_t: (T,), nats.
     value is what the loss is made of, log p(y_t) again or, with a function of DIVERGENCE and the teacher's
-    hidden states (T, d), that divergence; kl_clip > 0 is the most that an entry adds to it. Only value has
-    a gradient, and only to hidden."""
+    hidden states (T, d), that divergence; clip > 0 is the most that an entry adds to it. Only value has a
+    gradient, and only to hidden."""
     learning = hidden.requires_grad and torch.is_grad_enabled()
     exact = torch.promote_types(hidden.dtype, torch.float32)  # bf16 logits: 1e-2 nats of noise in delta
-    weight, chunks = head_weight.to(exact), []
+    weight, chunks = head.to(exact), []
     precision = torch.get_float32_matmul_precision()
-    if head_weight.is_cuda and head_weight.dtype == torch.bfloat16:
+    if head.is_cuda and head.dtype == torch.bfloat16:
         # TF32 multiplies bf16 numbers exactly. Only here: it would round the model's rotary angles.
         torch.set_float32_matmul_precision("high")
     with torch.autocast(hidden.device.type, enabled=False), torch.set_grad_enabled(learning):
@@ -222,9 +220,9 @@ def head_terms(hidden, head_weight, targets, teacher_hidden=None, divergence=Non
             log_p = log_probs(states, weight, temperature)
             value = logp = log_p.gather(1, targets[part, None])[:, 0]
             if divergence:
-                teacher_log_p = log_probs(teacher_hidden[part].to(exact), weight, temperature)
+                teacher_log_p = log_probs(teacher[part].to(exact), weight, temperature)
                 entries = divergence(log_p, teacher_log_p)
-                value = (entries.clamp(max=kl_clip) if kl_clip else entries).sum(-1)
+                value = (entries.clamp(max=clip) if clip else entries).sum(-1)
             jacobian = torch.zeros_like(states)
             if learning:  # value_t depends on states_t alone, so the sum's gradient is each one's
                 jacobian, = torch.autograd.grad(value.sum(), states)
@@ -277,14 +275,13 @@ def start_distributed():
     """One process group, with or without torchrun, or the one that exists -> this rank's device."""
     defaults = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.update(defaults | os.environ)  # torchrun's where it set them
-    cuda, local_rank = torch.cuda.is_available(), ranks()[1]
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    if not dist.is_initialized():
-        backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo carries figures, nccl gradients
-        timeout = datetime.timedelta(hours=2)  # a rank may still be downloading a model
-        dist.init_process_group(backends, timeout=timeout)
-    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{ranks()[1]}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():  # gloo carries figures, nccl gradients; 2 h: a rank may download a model
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=datetime.timedelta(hours=2))
+    return device
 
 def gather(value):
     """Every rank's value in rank order, over gloo. Raises RuntimeError when a rank has died."""
@@ -351,9 +348,8 @@ def shortest(value):
     return str(value).strip()
 
 def gold_answer(row):
-    """The gold answer of a data row as text, or None where there is none, or only a word that says so.
-    D13: what follows ####, else column Answer or answer, else the boxes of the solution: the last, and what
-    is boxed before it on the same line."""
+    """The gold answer of a data row as text, or None where there is none, or only a word that says so. D13:
+    what follows ####, else column Answer or answer, else the boxes of the line of the solution's last one."""
     values = row.get("Answer"), row.get("answer")
     found = [shortest(value) for value in values if type(value) in (str, int, float)]
     worked = [text.rpartition("####")[2].strip() for text in found if "####" in text]
@@ -368,10 +364,8 @@ def read_rows(path, subset, split):
     if path.endswith(".jsonl"):
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                line = line.strip("\ufeff \t\r\n")  # a byte order mark, even one a line
-                with blamed_on(f"{path}, line {number}: not a JSON object"):
-                    row = dict(json.loads(line or "{}"))
-                yield row
+                with blamed_on(f"{path}, line {number}: not a JSON object"):  # \ufeff: even one a line
+                    yield dict(json.loads(line.strip("\ufeff \t\r\n") or "{}"))
     elif path.endswith(".parquet"):
         from pyarrow.parquet import ParquetFile  # datasets would read brackets in a path as a pattern
         yield from ParquetFile(path).read().to_pylist()
@@ -387,31 +381,29 @@ def load_problems(path, subset=None, split="train", solved=True):
     """Data file or hub id -> list of {problem, solution, gold}, all text; rows without all three are dropped.
     Problems to be evaluated on (solved=False) need no solution. Raises UserError with the file and the line,
     or the columns that were found."""
-    local = path.endswith((".jsonl", ".parquet"))
-    hub_id = not local and not Path(path).is_file() and not set("[]*?") & set(path)  # these make a pattern
-    require(hub_id or local and Path(path).is_file(),
-            f"{path}: no such .jsonl or .parquet file, and no hub id")
-    problems, columns, count = [], set(), 0
+    local, found = path.endswith((".jsonl", ".parquet")), Path(path).is_file()
+    hub_id = not found and not set("[]*?") & set(path)  # these make a pattern
+    require(found if local else hub_id, f"{path}: no such .jsonl or .parquet file, and no hub id")
+    problems = []
     with blamed_on(f"{path}: cannot be read"):
-        for row in filter(None, read_rows(path, subset, split)):
-            count += 1
-            columns.update(row)
+        rows = [row for row in read_rows(path, subset, split) if row]
+        for row in rows:
             gsm8k = row.get("answer") if "####" in str(row.get("answer")) else None  # solution #### answer
             problem = dict(problem=row.get("problem") or row.get("question"),
                            solution=row.get("solution") or gsm8k, gold=gold_answer(row))
             if all(usable(text) for name, text in problem.items() if solved or name != "solution"):
                 problems.append(problem)
     needs = "problem, solution and gold answer" if solved else "problem and gold answer"
-    columns = ", ".join(sorted(map(str, columns)))[:300]
-    require(problems, f"{path}: none of its {count} rows has {needs}; columns: {columns}; "
+    columns = ", ".join(sorted({str(name) for row in rows for name in row}))[:300]
+    require(problems, f"{path}: none of its {len(rows)} rows has {needs}; columns: {columns}; "
             "accepted: problem or question, solution or answer with ####, Answer, answer or box")
     if ranks()[0] == 0:
         print(f"data       {len(problems):,} problems from {path}, "
-              f"{count - len(problems):,} rows without {needs} dropped", flush=True)
+              f"{len(rows) - len(problems):,} rows without {needs} dropped", flush=True)
     return problems
 
 def draw(problems, tokenizer, cfg, state, count):
-    """The next `count` (row, student's ids, teacher's ids) from state["position"] on.
+    """The next `count` (row, student's ids, teacher's ids, sft's completion) from state["position"] on.
     One seeded permutation an epoch, the same on all ranks. Rows that do not fit into max_length are passed
     over and counted in state["too_long"]."""
     drawn, end = [], state["position"] + 2 * len(problems)  # on the way there every row comes up
@@ -425,12 +417,10 @@ def draw(problems, tokenizer, cfg, state, count):
         state["position"] += 1
         student = encode(tokenizer, student_prompt(row), cfg.thinking)  # D5: no thinking by default
         teacher = encode(tokenizer, teacher_prompt(row, cfg.method), teacher_thinks)
-        if cfg.method == "sft":
-            length = len(student) + len(reference_ids(tokenizer, row))
-        else:
-            length = len(teacher) + cfg.max_completion_length
+        reference = reference_ids(tokenizer, row) if cfg.method == "sft" else []
+        length = len(student + reference) if reference else len(teacher) + cfg.max_completion_length
         if length <= cfg.max_length:
-            drawn.append((row, student, teacher))
+            drawn.append((row, student, teacher, reference))
         else:
             state["too_long"] += 1
     return drawn
@@ -599,19 +589,17 @@ def resolved(dtype):
 
 def load_base(path, dtype, device):
     """The causal LM. Raises UserError for whatever cannot be loaded, and where weights are missing."""
-    from transformers import AutoModelForCausalLM, GenerationConfig, utils
+    from transformers import AutoModelForCausalLM, utils
     utils.logging.disable_progress_bar()
     with blamed_on(f"model {path}: cannot be loaded"), VllmEngine.spared():
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, resolved(dtype)), output_loading_info=True)
     missing = ", ".join(sorted(info["missing_keys"]))[:200]
     require(not missing, f"model {path}: its files lack weights: {missing}")
-    model.generation_config = GenerationConfig()  # nothing to inherit: sampling settings come from us
     return model.to(device).eval()
 
 def load_model(cfg, device):
-    """The base with a fresh float32 LoRA adapter on its seven projections; a teacher that follows the student
-    is a second adapter."""
+    """The base with a fresh float32 LoRA adapter, and a second one for a teacher that follows the student."""
     from peft import LoraConfig, get_peft_model
     model = load_base(cfg.model, cfg.dtype, device)
     in_layers = [name for name, p in model.named_parameters() if p.ndim > 1 and "layers." in name]
@@ -638,12 +626,9 @@ def adapter_params(model, which):
 
 def save_adapter(model, folder, dtype=torch.float32):
     """The student's adapter as PEFT and vLLM load it."""
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
-    folder.mkdir(parents=True, exist_ok=True)
-    model.peft_config["default"].save_pretrained(folder)
-    weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
-    weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    model.peft_config["default"].save_pretrained(folder)  # makes the folder, too
+    weights = {name: p.data.to("cpu", dtype) for name, p in adapter_params(model, "default").items()}
     save_file(weights, folder / "adapter_model.safetensors")
 
 def follow(model, fraction):
@@ -662,22 +647,10 @@ def autocast(model):
     """bf16 autocast if and only if the base is bf16."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
 
-def train_mode(model, checkpointing):
-    """Transformers recomputes activations only in layers whose `training` is set. It is set for these layers,
-    but not for the modules in them: so no dropout is ever on."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    for module in model.modules():
-        module.training = checkpointing and isinstance(module, GradientCheckpointingLayer)
-
-def head_of(model):
-    """The frozen head (V, d), which LoRA never adapts."""
-    return model.get_output_embeddings().weight.detach()
-
 def passes(model, rollouts, view, micro_batch):
-    """Forward passes over a prompt and its completion, micro_batch rollouts in each. view: the attribute that
-    holds the prompt, prompt_ids or teacher_ids. Yields for each pass a list of (rollout, hidden states that
-    predict its completion (T, d), completion ids (T,)). Rollouts go by length, so that little is padding. The
-    padding is on the right: a causal model does not see it, so there is no mask."""
+    """Forward passes over prompt and completion, micro_batch rollouts of like length in each. view: which
+    prompt, prompt_ids or teacher_ids. Yields for each pass a list of (rollout, hidden states that predict
+    its completion (T, d), completion ids (T,)). Padded on the right, unseen by a causal model: no mask."""
     by_length = sorted(rollouts, key=lambda r: len(getattr(r, view)) + len(r.completion_ids), reverse=True)
     for first in range(0, len(rollouts), micro_batch):
         some = by_length[first:first + micro_batch]
@@ -694,43 +667,43 @@ def passes(model, rollouts, view, micro_batch):
 
 def teach(model, rollouts, cfg):
     """Teacher pass, Eq. (4), no gradient: fills teacher_logp and teacher_entropy -> the largest H_t, in nats.
-    The teacher sees the reference solution (crisp: an instruction). It is the base, adapter off, or where it
-    follows the student its own adapter. grpo needs none of this but logs it."""
-    whose = model.disable_adapter() if cfg.teacher == "frozen" else contextlib.nullcontext()
-    if cfg.teacher != "frozen":
-        model.set_adapter("teacher")
-    with torch.no_grad(), whose:
+    The teacher is the base, adapter off, or, if it follows the student, an adapter. grpo only logs this."""
+    frozen = cfg.teacher == "frozen"
+    model.set_adapter("default" if frozen else "teacher")
+    with torch.no_grad(), model.disable_adapter() if frozen else contextlib.nullcontext():
+        head = model.get_output_embeddings().weight  # (V, d), frozen and never adapted
         for some in passes(model, rollouts, "teacher_ids", cfg.micro_batch):
             for r, hidden, targets in some:
-                _, r.teacher_logp, r.teacher_entropy = head_terms(hidden, head_of(model), targets)
+                _, r.teacher_logp, r.teacher_entropy = head_terms(hidden, head, targets)
                 r.teacher_hidden = hidden if cfg.method in DIVERGENCE else None
     model.set_adapter("default")  # a backward pass under another adapter would silently give no gradient
     return torch.cat([r.teacher_entropy for r in rollouts]).max().item()
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds this rank's share of the gradient -> its share of L.
-    max_entropy (nats) and tokens N are of all ranks. The gradient flows through value alone. Every method
-    with a teacher gets w and omega, for the log also where its weight does not use them."""
-    total = 0.0
-    train_mode(model, cfg.grad_checkpoint)
+    max_entropy (nats) and tokens N are of all ranks. All methods with a teacher get w and omega, to log."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    total, head = 0.0, model.get_output_embeddings().weight
+    for module in model.modules():  # a layer recomputes only in training mode; nothing in it is: no dropout
+        module.training = cfg.grad_checkpoint and isinstance(module, GradientCheckpointingLayer)
     for some in passes(model, rollouts, "prompt_ids", cfg.micro_batch):
         loss = 0.0
         for r, hidden, targets in some:
             value, logp, r.student_entropy = head_terms(
-                hidden, head_of(model), targets, r.teacher_hidden, DIVERGENCE.get(cfg.method), cfg.kl_clip)
+                hidden, head, targets, r.teacher_hidden, DIVERGENCE.get(cfg.method), cfg.kl_clip)
             if cfg.method != "sft":
                 r.delta = r.teacher_logp - logp
                 direction = (r.advantage > 0) - (r.advantage < 0)  # the sign of A_i
                 r.magnitude = magnitude(r.delta, direction, cfg.magnitude_clip)
                 r.gate = confidence_gate(r.teacher_entropy, max_entropy, cfg.gamma, cfg.window)
                 if LOGP_TEMPERATURE != 1:  # a fork's; engines report log p at temperature 1
-                    logp = head_terms(hidden.detach(), head_of(model), targets, temperature=1)[1]
+                    logp = head_terms(hidden.detach(), head, targets, temperature=1)[1]
                 r.engine_gap = (r.sampler_logp.to(logp) - logp).abs()
             loss = loss - (TOKEN_WEIGHT[cfg.method](r) * value).sum() / tokens
             r.teacher_hidden = None
         loss.backward()
         total += loss.item()
-    train_mode(model, False)
+    model.eval()
     return total
 
 # ============================================= 8. Rollouts ===============================================
@@ -757,9 +730,8 @@ class HfEngine:
 
     @torch.no_grad()
     def generate(self, prompts, seeds, max_tokens, temperature, top_p, top_k):
-        """In order of completion: all are decoded together, and a row that has ended leaves the batch.
-        Sampling is exact: the largest of the filtered logits plus Gumbel noise, each rollout's own; the noise
-        is -log of an exponentially distributed number."""
+        """In order of completion: all are decoded together, and a row that has ended leaves the batch. A
+        sample is exact: the largest of the filtered logits plus Gumbel noise, -log of an exponential one."""
         from transformers import DynamicCache
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
@@ -768,7 +740,7 @@ class HfEngine:
         alive = range(len(prompts))  # the prompt that each row of the batch answers
         done = [[] for _ in prompts]  # (token, log p) of each answer so far
         cache = DynamicCache(config=self.model.config)
-        for t in range(max_tokens):
+        while alive:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
             with autocast(self.model):
                 output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
@@ -781,16 +753,14 @@ class HfEngine:
             keep = []
             for row, (i, token, value) in enumerate(zip(alive, ids[:, 0].tolist(), logp[:, 0].tolist())):
                 done[i].append((token, value))
-                if token in self.ends or t + 1 == max_tokens:
+                if token in self.ends or len(done[i]) == max_tokens:
                     tokens, values = zip(*done[i])  # D12: the end token is a part of them, and is trained
                     yield i, list(tokens), torch.tensor(values)
                 else:
                     keep.append(row)
-            if not keep:
-                break
             if len(keep) < len(alive):
                 alive = [alive[row] for row in keep]
-                cache.batch_select_indices(torch.tensor(keep, device=device))
+                cache.batch_select_indices(torch.tensor(keep, dtype=torch.long, device=device))
             ids, mask = ids[keep], F.pad(mask[keep], (0, 1), value=1)
 
 def filtered(logits, temperature, top_p, top_k):
@@ -802,17 +772,15 @@ def filtered(logits, temperature, top_p, top_k):
 
 class VllmEngine:
     """vLLM in the trainer's process and on its GPU, with base weights of its own and the adapter, unmerged.
-    Built after the process group, which it joins, and before the trainer's model, because building it seeds
-    the global random state. context: tokens of the longest prompt with its completion; sequences: how many a
-    rank samples at a time; memory: share of the GPU; more: any further arguments of vllm.LLM. Raises
-    UserError when vLLM does not start."""
+    Built after the process group, which it joins. context: tokens of the longest prompt with its completion;
+    sequences: how many a rank samples at a time; memory: share of the GPU; more: arguments of vllm.LLM.
+    Raises UserError when vLLM does not start."""
     running = None  # the one of this process
 
     def __init__(self, path, ends, dtype, context, sequences, memory, lora_rank, tensor_parallel=1, seed=0,
                  prefix_caching=False, logprobs=True, more={}):
-        defaults = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0",  # in this process
-                        VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1",
-                        VLLM_CPU_KVCACHE_SPACE="1")  # GiB, without a GPU
+        defaults = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",  # 0: in this process
+                        VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")  # GiB, without a GPU
         os.environ.update(defaults | os.environ)
         cuda = torch.cuda.is_available()
         arguments = dict(
@@ -837,9 +805,8 @@ class VllmEngine:
 
     @staticmethod
     def spared():
-        """A context to build transformers models in. Of architectures that vLLM has no code for (SmolLM3,
-        OLMo 2, Seed-OSS ...) it patches the class in transformers, and then a model cannot be built without
-        a current vLLM config; here is one, which says not to compile."""
+        """A context to build transformers models in: vLLM patches classes for which it has no code of its own
+        (SmolLM3, OLMo 2 ...); these then need a current vLLM config, here one that does not compile."""
         if not VllmEngine.running:
             return contextlib.nullcontext()
         from vllm.config import CompilationConfig, set_current_vllm_config
@@ -866,11 +833,10 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
         engine, before, asked = self.llm.llm_engine, 0, list(zip(prompts, seeds))
-        if self.ranks > 1:
+        if self.ranks > 1:  # each of which has as many prompts
             first = ranks()[0] // self.ranks * self.ranks  # rank of this group's first member
-            everyones = gather(asked)
-            before = sum(map(len, everyones[first:ranks()[0]]))
-            asked = sum(everyones[first:first + self.ranks], [])
+            before = (ranks()[0] - first) * len(prompts)
+            asked = sum(gather(asked)[first:first + self.ranks], [])
         for i, (prompt, seed) in enumerate(asked):
             engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
                 max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
@@ -898,9 +864,8 @@ def rounding_limit(model):
 def trainer_logp(model, prompt_ids, ids):
     """The trainer's log p (T,) of some tokens, and how far hidden states x head is off the model's own log p:
     a mean over these places and the whole vocabulary. Both at temperature 1, in nats."""
-    only_pass = next(passes(model, [Rollout(0, {}, prompt_ids, [], ids)], "prompt_ids", 1))
-    _, hidden, targets = only_pass[0]
-    ours = log_probs(hidden.float(), head_of(model).float(), 1)
+    (_, hidden, targets), = next(passes(model, [Rollout(0, {}, prompt_ids, [], ids)], "prompt_ids", 1))
+    ours = log_probs(hidden.float(), model.get_output_embeddings().weight.float(), 1)
     with autocast(model):
         logits = model(torch.tensor([[*prompt_ids, *ids]], device=model.device), use_cache=False).logits
     own = logits[0, len(prompt_ids) - 1:-1].float().log_softmax(1)
@@ -979,20 +944,20 @@ def save_snapshot(folder, model, optimizer, stats, state, logs, card):
 
 def restore(folder, model, optimizer, stats):
     """Puts model, optimizer and stats where the newest snapshot of a run left them -> the trainer's state."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from safetensors.torch import load_file
     state = dict(step=0, position=0, too_long=0, skipped=0, in_a_row=0, base=fingerprint(model), log_sizes={})
     if not snapshots(folder):
         return state
     newest = snapshots(folder)[-1]
     with blamed_on(f"{newest}: cannot be read"):
         stored = torch.load(newest / "trainer.pt", map_location="cpu", weights_only=True)
-        weights = load_peft_weights(newest, device=str(model.device))
+        stored["default"] = load_file(newest / "adapter_model.safetensors")
     require(stored["base"] == state["base"], f"model {model.name_or_path}: not the base of {newest}")
-    set_peft_model_state_dict(model, weights)
     optimizer.load_state_dict(stored["optimizer"])
     stats.load_state_dict(stored["welford"])
-    for name, p in adapter_params(model, "teacher").items():
-        p.data.copy_(stored["teacher"][name])
+    for which in ("default", "teacher"):
+        for name, p in adapter_params(model, which).items():
+            p.data.copy_(stored[which][name])
     return {name: stored[name] for name in state}
 
 def write_lines(file, rows):
@@ -1037,36 +1002,31 @@ def as_row(r, tokenizer):
             row[name] = [float(f"{x:.4g}") for x in getattr(r, name).tolist()]
     return row
 
-MEASURED = ("reward", "correct", "truncated", "advantage", "teacher_entropy", "student_entropy", "delta",
-            "magnitude", "gate", "engine_gap")
-
 def measured(r):
-    """The numbers of a Rollout that the metrics are made of."""
-    return {name: torch.as_tensor(getattr(r, name)).double().flatten().tolist() for name in MEASURED}
+    """The numbers of a Rollout that the metrics are made of, in step_metrics()' order."""
+    figures = (r.reward, r.correct, r.truncated, r.advantage, r.teacher_entropy, r.student_entropy, r.delta,
+               r.magnitude, r.gate, r.engine_gap)
+    return [torch.as_tensor(x).double().flatten().tolist() for x in figures]
 
 def step_metrics(measurements, stats, cfg):
     """The figures of a step from the measured() of all its rollouts: means over rollouts or over tokens."""
-    every = {name: torch.tensor(sum((one[name] for one in measurements), []), dtype=torch.float64)
-             for name in MEASURED}
-    gap, w = every["engine_gap"], every["magnitude"]
+    reward, correct, truncated, advantage, entropy, student_entropy, delta, w, gate, gap = (
+        torch.tensor(sum(lists, []), dtype=torch.float64) for lists in zip(*measurements))
     figures = dict(
-        reward=every["reward"].mean(), accuracy=100 * every["correct"].mean(),
-        truncated=100 * every["truncated"].mean(), advantage_mean=every["advantage"].mean(),
-        advantage_std=every["advantage"].std(correction=0), welford_mean=stats.mean, welford_std=stats.std,
-        h_max=every["teacher_entropy"].max(), entropy=every["teacher_entropy"].mean(),
-        student_entropy=every["student_entropy"].mean(), delta_abs=every["delta"].abs().mean(),
-        w=w.mean(), omega=every["gate"].mean(), engine_gap_mean=gap.mean(),
-        engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max())
+        reward=reward.mean(), accuracy=100 * correct.mean(), truncated=100 * truncated.mean(),
+        advantage_mean=advantage.mean(), advantage_std=advantage.std(correction=0),
+        welford_mean=stats.mean, welford_std=stats.std, h_max=entropy.max(), entropy=entropy.mean(),
+        student_entropy=student_entropy.mean(), delta_abs=delta.abs().mean(), w=w.mean(), omega=gate.mean(),
+        engine_gap_mean=gap.mean(), engine_gap_p95=gap.quantile(0.95), engine_gap_max=gap.max())
     if cfg.magnitude_clip:
         figures["w_clipped"] = ((w - 1).abs() >= cfg.magnitude_clip - 1e-6).double().mean()  # w is float32
     return {name: float(x) for name, x in figures.items()}
 
 def peak_gib():
     """The most memory that was in use so far, on a GPU the GPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # in bytes there, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak) / 2**30
 
 # what the terminal shows of a step
 COLUMNS = dict(step="step {:>4.0f}", reward="reward {:5.3f}", accuracy="right {:5.1f}%",
@@ -1110,10 +1070,9 @@ def run(cfg):
     tokenizer, ends = load_tokenizer(cfg.model)
     prompt_ids = encode(tokenizer, INSTRUCTION, cfg.thinking)  # for the proof of the hand-over
     engine = None
-    if wants_vllm(cfg.engine) and samples:
-        lengths = [len(encode(tokenizer, student_prompt(row), cfg.thinking)) for row in problems]
-        longest = min(max(lengths), cfg.max_length - cfg.max_completion_length)  # draw() passes over others
-        context = max(longest + cfg.max_completion_length, len(prompt_ids) + 32)
+    if wants_vllm(cfg.engine) and samples:  # draw() passes over what is longer than --max_length
+        longest = max(len(encode(tokenizer, student_prompt(row), cfg.thinking)) for row in problems)
+        context = max(min(longest + cfg.max_completion_length, cfg.max_length), len(prompt_ids) + 32)
         engine = VllmEngine(cfg.model, ends, cfg.dtype, context, share, cfg.engine_memory, cfg.lora_rank,
                             cfg.tensor_parallel, cfg.seed, more=json.loads(cfg.engine_args))
     model = load_model(cfg, device)
@@ -1156,16 +1115,13 @@ def run(cfg):
 
         # 1. sample: this rank's share of the batch, every rollout with a seed of its own
         drawn = draw(problems, tokenizer, cfg, state, cfg.batch_size // group)
-        # drawn holds (row, student's ids, teacher's ids), as Rollout begins
+        # drawn holds (row, student's ids, teacher's ids, sft's completion), as Rollout begins
         mine = [Rollout(i, *drawn[i // group]) for i in range(rank * share, (rank + 1) * share)]
         if samples:
             prompts = [r.prompt_ids for r in mine]
             seeds = [rollout_seed(cfg.seed, step, r.index) for r in mine]
             for i, ids, logp in engine.generate(prompts, seeds, cfg.max_completion_length, **SAMPLING):
                 mine[i].completion_ids, mine[i].sampler_logp = ids, logp
-        else:
-            for r in mine:
-                r.completion_ids = reference_ids(tokenizer, r.row)
         lap("sample_s")
 
         # 2. score: the verdict and the reward
@@ -1261,8 +1217,7 @@ def parse_flags(argv):
     parser = Parser("egrsd.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # or it would take -1e-6 for a flag
-    source = Path(__file__).read_text(encoding="utf-8")
-    helps = dict(re.findall(r"^    (\w+): .*? = .*?  # (.*)$", source, re.M))
+    helps = dict(re.findall(r"^    (\w+): .*? = .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         text = f"{helps[field.name]} (default {field.default!r})".replace("%", "%%")
         options = dict(choices=get_args(field.type)) if get_args(field.type) else dict(type=field.type)

@@ -7,9 +7,10 @@
 Each rank answers its share and writes a line as a sample is done; the same command again goes on where it
 stopped, on any number of ranks. With vLLM no other model is loaded.
 """
-import argparse, hashlib, json, math, re, sys, warnings
+import argparse, hashlib, itertools, json, math, re, sys, warnings
 from pathlib import Path
 import torch
+from pandas import DataFrame
 import egrsd
 from egrsd import blamed_on, gather, ranks, require
 
@@ -19,15 +20,12 @@ BENCHMARKS = {  # in the paper's column order: hub id, subset, split
     "hmmt25": ("MathArena/hmmt_feb_2025", None, "train"),
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "minerva": ("math-ai/minervamath", None, "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
-}
+    "gsm8k": ("openai/gsm8k", "main", "test")}
 REPEATS = {"aime24": 5}  # the paper's five runs of it; also of a local copy that is called so
 SAMPLING = dict(temperature=1.0, top_p=0.95, top_k=0)
 SEQUENCES = 256  # decoded together by a rank
-SETTINGS = ("samples", "seed", "thinking", "max_completion_length")  # one value each in a folder
 
 def parse_flags(argv):
-    """Command line -> its flags. Raises UserError naming the value and the rule it breaks."""
     parser = egrsd.Parser("lab.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False,
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -60,7 +58,6 @@ def load_benchmarks(names):
 
 def resolve(what, vllm):
     """WHAT -> base model, its adapter folders (none: the model itself), their largest LoRA rank.
-
     Raises UserError for an adapter that is broken, or that the engine would sample wrongly from."""
     from peft import PeftConfig, load_peft_weights
     folders = [Path(what)] if Path(what, "adapter_config.json").exists() else egrsd.snapshots(what)
@@ -126,36 +123,38 @@ def identity(path):
         digest.update(json.dumps({**config, "base_model_name_or_path": ""}, sort_keys=True).encode())
     return digest.hexdigest() if folder.is_dir() else str(path)
 
-def check_folder(folder, settings):
+def check_folder(folder, settings, problems):
     """Raises UserError where a folder holds another evaluation -> settings, with all problems it holds."""
-    file = folder / "settings.json"
-    if not file.exists():
-        return settings
-    with blamed_on(f"{file}: not the settings of an evaluation"):
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        problems = {**settings["problems"], **stored["problems"]}
-    names = [name for name in settings if name != "problems" and settings[name] != stored.get(name)]
-    odd = [f"{name} {stored.get(name)}" for name in names]
+    file, stored = folder / "settings.json", {**settings, "problems": problems}
+    if file.exists():
+        with blamed_on(f"{file}: not the settings of an evaluation"):
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            stored["problems"] = {**problems, **stored["problems"]}
+    odd = [f"{name} {stored.get(name)}" for name, x in settings.items() if stored.get(name) != x]
     require(not odd, f"{folder}: holds an evaluation of other settings or weights: {', '.join(odd)}")
-    odd = [name for name, digest in settings["problems"].items() if problems[name] != digest]
+    odd = [name for name, digest in problems.items() if stored["problems"][name] != digest]
     require(not odd, f"{folder}: holds an evaluation of other problems as {', '.join(odd)}")
-    return {**settings, "problems": problems}
+    return stored
+
+def read_lines(file):
+    """The rows of a .jsonl, one at a time, none without the file; a torn last line is not there."""
+    if file.exists():
+        with blamed_on(f"{file}: cannot be read"), open(file, encoding="utf-8", errors="replace") as lines:
+            yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 def stored_samples(folder):
-    """{(benchmark, problem, sample): its line} of an evaluation folder; a torn last line is not there."""
-    lines = [line for file in folder.glob("rank_*.jsonl") for line in file.read_bytes().splitlines(True)]
-    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    """{(benchmark, problem, sample): its line} of an evaluation folder."""
+    rows = itertools.chain(*map(read_lines, sorted(folder.glob("rank_*.jsonl"))))
     return {(row["benchmark"], row["problem_id"], row["sample"]): row for row in rows}
 
 def evaluate(flags, engine, tokenizer, benchmarks, prompts, folder, settings):
     """Answers what is missing in a folder, each rank its share -> the rows of results.json, on every rank."""
     from tqdm import tqdm
     (rank, _, world), done = ranks(), stored_samples(folder)
-    gather(None)  # everyone has read
+    folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         egrsd.write_json(folder / "settings.json", settings)
-    gather(None)
+    gather(None)  # everyone has read what is there
     jobs = [(name, p, k) for name, problems in benchmarks.items() for p in range(len(problems))
             for k in range(flags.samples * REPEATS.get(name, 1))]
     mine = [job for job in jobs if job not in done][rank::world]  # neighbours share a problem: even shares
@@ -168,59 +167,49 @@ def evaluate(flags, engine, tokenizer, benchmarks, prompts, folder, settings):
             asked = [prompts[name][p] for name, p, _ in part]
             seeds = [egrsd.rollout_seed(flags.seed, p, k) for _, p, k in part]
             for i, ids, _ in engine.generate(asked, seeds, flags.max_completion_length, **SAMPLING):
-                finish = "stop" if ids[-1] in engine.ends else "length"
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                egrsd.write_lines(log, [graded(part[i], benchmarks, text, tokens=len(ids), finish=finish)])
+                name, p, k = part[i]
+                gold, text = benchmarks[name][p]["gold"], tokenizer.decode(ids, skip_special_tokens=True)
+                egrsd.write_lines(log, [dict(
+                    benchmark=name, problem_id=p, sample=k, completion=text, gold=gold,
+                    extracted=egrsd.last_boxed(text), correct=egrsd.grade(text, gold), tokens=len(ids),
+                    finish="stop" if ids[-1] in engine.ends else "length")])
                 bar.update()
     gather(None)
     done = stored_samples(folder)
     return summarise([done[job] for job in jobs])
 
-def graded(job, benchmarks, completion, **more):
-    """The line of a sample."""
-    name, problem, sample = job
-    gold = benchmarks[name][problem]["gold"]
-    return dict(benchmark=name, problem_id=problem, sample=sample, completion=completion, gold=gold,
-                extracted=egrsd.last_boxed(completion), correct=egrsd.grade(completion, gold), **more)
-
 def summarise(samples):
     """Lines of samples -> the rows of results.json: a benchmark each, in percent and tokens, and their means.
-
     se is the standard error of avg@K over problems; eff in the row Avg. is the ratio of the macro means."""
-    from pandas import DataFrame
-    frame = DataFrame(samples).astype({"correct": float})
+    frame = DataFrame(samples).assign(right=[100.0 * row["correct"] for row in samples])
     problems = frame.groupby(["benchmark", "problem_id"], sort=False).agg(
-        accuracy=("correct", "mean"), solved=("correct", "max"), length=("tokens", "mean"))
-    each = problems.groupby("benchmark", sort=False)
-    table = DataFrame({
-        "avg@K": 100 * each["accuracy"].mean(), "se": 100 * each["accuracy"].sem().fillna(0),
-        "pass@K": 100 * each["solved"].mean(), "length": each["length"].mean()})
+        accuracy=("right", "mean"), solved=("right", "max"), length=("tokens", "mean"))
+    table = problems.groupby("benchmark", sort=False).agg(**{
+        "avg@K": ("accuracy", "mean"), "se": ("accuracy", "sem"), "pass@K": ("solved", "mean"),
+        "length": ("length", "mean")}).fillna(0)  # the se of a single problem
     if len(table) > 1:
         table.loc["Avg."] = {**table.mean(), "se": math.hypot(*table["se"]) / len(table)}
     table["eff"] = table["avg@K"] / (table["length"] / 1000)
     return table.rename_axis("name").reset_index().to_dict("records")
 
 def print_table(title, rows):
-    from pandas import DataFrame
     print(f"\n{title}\n{DataFrame(rows).to_string(index=False, float_format='{:.2f}'.format)}", flush=True)
 
 def plan(flags, base, adapters, benchmarks):
     """-> [(adapter or None, its evaluation folder, the settings that identify it)], checked on all ranks."""
-    settings = {name: getattr(flags, name) for name in SETTINGS}
+    settings = {name: getattr(flags, name) for name in "samples seed thinking max_completion_length".split()}
     settings["model"] = gather(identity(base) if ranks()[0] == 0 else None)[0]
-    settings["problems"] = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-                            for name, rows in benchmarks.items()}
+    asked = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in benchmarks.items()}
     plans = []
     for adapter in adapters or [None]:
         folder = adapter / "eval" if adapter else Path("out", f"eval-{Path(base).resolve().name}")
         if flags.out:
             folder = Path(flags.out, adapter.name if len(adapters) > 1 else "")
-        its = {**settings, "adapter": identity(adapter) if adapter else ""}
-        plans.append((adapter, folder, check_folder(folder, its)))
+        settings["adapter"] = identity(adapter) if adapter else ""
+        plans.append((adapter, folder, check_folder(folder, settings, asked)))
     return plans
 
 def run(argv):
-    """One command line from flags to tables -> exit code."""
     flags = parse_flags(argv)
     vllm, summary = egrsd.wants_vllm(flags.engine), []
     base, adapters, lora_rank = resolve(flags.what, vllm)

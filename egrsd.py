@@ -29,7 +29,7 @@ ancestor, named there and here, is OPSD's code, of which the paper's trainer is 
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """
 import argparse, contextlib, copy, dataclasses, datetime, functools, hashlib, importlib.metadata
-import importlib.util, inspect, json, math, os, re, resource, shlex, shutil, signal, sys, tempfile
+import importlib.util, json, math, os, re, resource, shlex, shutil, signal, sys, tempfile
 import threading, time, unicodedata
 from fractions import Fraction
 from pathlib import Path
@@ -384,22 +384,23 @@ def load_problems(path, subset=None, split="train", solved=True):
     local, found = path.endswith((".jsonl", ".parquet")), Path(path).is_file()
     hub_id = not found and not set("[]*?") & set(path)  # these make a pattern
     require(found if local else hub_id, f"{path}: no such .jsonl or .parquet file, and no hub id")
-    problems = []
+    problems, columns, count = [], set(), 0
     with blamed_on(f"{path}: cannot be read"):
-        rows = [row for row in read_rows(path, subset, split) if row]
-        for row in rows:
+        for row in filter(None, read_rows(path, subset, split)):
+            count += 1
+            columns.update(row)
             gsm8k = row.get("answer") if "####" in str(row.get("answer")) else None  # solution #### answer
             problem = dict(problem=row.get("problem") or row.get("question"),
                            solution=row.get("solution") or gsm8k, gold=gold_answer(row))
             if all(usable(text) for name, text in problem.items() if solved or name != "solution"):
                 problems.append(problem)
     needs = "problem, solution and gold answer" if solved else "problem and gold answer"
-    columns = ", ".join(sorted({str(name) for row in rows for name in row}))[:300]
-    require(problems, f"{path}: none of its {len(rows)} rows has {needs}; columns: {columns}; "
+    columns = ", ".join(sorted(map(str, columns)))[:300]
+    require(problems, f"{path}: none of its {count} rows has {needs}; columns: {columns}; "
             "accepted: problem or question, solution or answer with ####, Answer, answer or box")
     if ranks()[0] == 0:
         print(f"data       {len(problems):,} problems from {path}, "
-              f"{len(rows) - len(problems):,} rows without {needs} dropped", flush=True)
+              f"{count - len(problems):,} rows without {needs} dropped", flush=True)
     return problems
 
 def draw(problems, tokenizer, cfg, state, count):
@@ -740,7 +741,7 @@ class HfEngine:
         alive = range(len(prompts))  # the prompt that each row of the batch answers
         done = [[] for _ in prompts]  # (token, log p) of each answer so far
         cache = DynamicCache(config=self.model.config)
-        while alive:
+        while True:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
             with autocast(self.model):
                 output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
@@ -758,9 +759,11 @@ class HfEngine:
                     yield i, list(tokens), torch.tensor(values)
                 else:
                     keep.append(row)
+            if not keep:
+                break
             if len(keep) < len(alive):
                 alive = [alive[row] for row in keep]
-                cache.batch_select_indices(torch.tensor(keep, dtype=torch.long, device=device))
+                cache.batch_select_indices(torch.tensor(keep, device=device))
             ids, mask = ids[keep], F.pad(mask[keep], (0, 1), value=1)
 
 def filtered(logits, temperature, top_p, top_k):
@@ -953,6 +956,9 @@ def restore(folder, model, optimizer, stats):
         stored = torch.load(newest / "trainer.pt", map_location="cpu", weights_only=True)
         stored["default"] = load_file(newest / "adapter_model.safetensors")
     require(stored["base"] == state["base"], f"model {model.name_or_path}: not the base of {newest}")
+    own = {name: p.shape for name, p in adapter_params(model, "default").items()}
+    fits = own == {name: p.shape for name, p in stored["default"].items()}
+    require(fits, f"{newest}: its adapter does not fit the model")
     optimizer.load_state_dict(stored["optimizer"])
     stats.load_state_dict(stored["welford"])
     for which in ("default", "teacher"):
@@ -1217,7 +1223,8 @@ def parse_flags(argv):
     parser = Parser("egrsd.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # or it would take -1e-6 for a flag
-    helps = dict(re.findall(r"^    (\w+): .*? = .*?  # (.*)$", inspect.getsource(Config), re.M))
+    source = Path(__file__).read_text(encoding="utf-8")
+    helps = dict(re.findall(r"^    (\w+): .*? = .*?  # (.*)$", source, re.M))
     for field in dataclasses.fields(Config):
         text = f"{helps[field.name]} (default {field.default!r})".replace("%", "%%")
         options = dict(choices=get_args(field.type)) if get_args(field.type) else dict(type=field.type)

@@ -151,8 +151,8 @@ def evaluate(flags, engine, tokenizer, benchmarks, prompts, folder, settings):
     """Answers what is missing in a folder, each rank its share -> the rows of results.json, on every rank."""
     from tqdm import tqdm
     (rank, _, world), done = ranks(), stored_samples(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         egrsd.write_json(folder / "settings.json", settings)
     gather(None)  # everyone has read what is there
     jobs = [(name, p, k) for name, problems in benchmarks.items() for p in range(len(problems))

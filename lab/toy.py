@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on busy cor
 import torch
 import torch.nn.functional as F
 import egrsd
-from lab import evaluate, report
+from lab import evaluate
 
 PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 400, 24
 FLAGS = dict(lr=5e-4, max_completion_length=160, max_length=512, micro_batch=8)  # yours win
@@ -209,18 +209,20 @@ def experiment(argv):
     made(toy / "train.jsonl", lambda file: write_problems(problems[HELD_OUT:], file))
     made(toy / "model", pretrain)
     torch.set_num_threads(1)  # as under torchrun; matrices too small to share
-    if not (last.exists() and results.exists()):
+    finished = last.exists() and results.exists()
+    if not finished:
         before, after = toy / label("before", start), last / "eval"
         made(before, lambda folder: evaluated(cfg.model, toy, folder, cfg), by_all=True)
         code = egrsd.main(as_argv(flags))
         if not last.exists():  # stopped, or gone wrong
             return code
         evaluated(last, toy, after, cfg)
-        if first:
+    if first:
+        from lab import report  # only now: what it imports would count in the run's peak memory
+        if not finished:
             rows = [report.read_json(folder / "results.json")[0] for folder in (before, after)]
             egrsd.write_json(results, [{**rows[0], "name": "before"}, {**rows[1], "name": "after"}])
             report.report([out], out)
-    if first:
         evaluate.print_table(f"{out}, held-out additions", report.read_json(results))
     return 0
 

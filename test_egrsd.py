@@ -992,6 +992,12 @@ def test_an_unusable_model_is_a_line_and_a_second_try_succeeds(name, small, tiny
 def set_config(run, **changes):
     edit(run / "config.json", config={**json.loads((run / "config.json").read_text())["config"], **changes})
 
+def rewrite(run, change):
+    """The newest adapter of a run again, every matrix changed."""
+    from safetensors.torch import save_file
+    weights = {name: change(p).contiguous() for name, p in adapter(run / "step_12").items()}
+    save_file(weights, run / "step_12/adapter_model.safetensors")
+
 BAD_RESUMES = {  # further flags; what happens to a copy of a run before; what the line says
     "flag": ("--gamma 0.5", None, "--gamma 0.5: this run has 0.8; a resumed run may only change steps"),
     "seed": ("--seed 1", None, "--seed 1: this run has 0"), "out": ("--out elsewhere", None, "this run has"),
@@ -1005,7 +1011,8 @@ BAD_RESUMES = {  # further flags; what happens to a copy of a run before; what t
     "older": ("", lambda run: set_config(run, tokens_per_pass=9), "of another version of this program"),
     "torn state": ("", lambda run: cut(run / "step_12/trainer.pt"), "step_12: cannot be read"),
     "torn adapter": ("", lambda run: cut(run / "step_12/adapter_model.safetensors"), "step_12: cannot be"),
-    "no adapter": ("", lambda run: (run / "step_12/adapter_model.safetensors").unlink(), "step_12: cannot")}
+    "no adapter": ("", lambda run: (run / "step_12/adapter_model.safetensors").unlink(), "step_12: cannot"),
+    "one row": ("", lambda run: rewrite(run, lambda p: p[:1]), "its adapter does not fit the model")}
 
 @pytest.fixture
 def moved(whole, tiny, problems, tmp_path):

@@ -682,7 +682,7 @@ def teach(model, rollouts, cfg):
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds this rank's share of the gradient -> its share of L.
-    max_entropy (nats) and tokens N are of all ranks. All methods with a teacher get w and omega, to log."""
+    max_entropy (nats) and tokens N are of all ranks. Where there is a teacher, both w and omega are logged."""
     from transformers.modeling_layers import GradientCheckpointingLayer
     total, head = 0.0, model.get_output_embeddings().weight
     for module in model.modules():  # a layer recomputes only in training mode; nothing in it is: no dropout
@@ -836,10 +836,11 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
         engine, before, asked = self.llm.llm_engine, 0, list(zip(prompts, seeds))
-        if self.ranks > 1:  # each of which has as many prompts
+        if self.ranks > 1:
             first = ranks()[0] // self.ranks * self.ranks  # rank of this group's first member
-            before = (ranks()[0] - first) * len(prompts)
-            asked = sum(gather(asked)[first:first + self.ranks], [])
+            everyones = gather(asked)
+            before = sum(map(len, everyones[first:ranks()[0]]))
+            asked = sum(everyones[first:first + self.ranks], [])
         for i, (prompt, seed) in enumerate(asked):
             engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), SamplingParams(
                 max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,

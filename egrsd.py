@@ -682,7 +682,7 @@ def teach(model, rollouts, cfg):
 
 def learn(model, rollouts, cfg, max_entropy, tokens):
     """Student pass and backward, Eq. (2, 6, 7): adds this rank's share of the gradient -> its share of L.
-    max_entropy (nats) and tokens N are of all ranks. Where there is a teacher, both w and omega are logged."""
+    max_entropy (nats) and tokens N are of all ranks. Where there is a teacher, w and omega are logged."""
     from transformers.modeling_layers import GradientCheckpointingLayer
     total, head = 0.0, model.get_output_embeddings().weight
     for module in model.modules():  # a layer recomputes only in training mode; nothing in it is: no dropout

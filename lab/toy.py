@@ -1,12 +1,12 @@
 """A laptop experiment: a tiny Qwen3, trained here from scratch to add numbers, improved by egrsd.py.
 
-    python -m lab.toy                                            # about 3 minutes on two cores
+    python -m lab.toy                                            # 3 to 5 minutes on a laptop
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
-Plain solutions hold slips and second passes, those with a reference in the prompt hardly a slip and fewer
-second passes: the privileged view really knows better. The paper's regimes exist by construction: digits are
-locks, idle words forks, decisions to work a column or the sum again pivots. The same command again goes on
-where it stopped; model and problems are made once, the same ones for every seed.
+It learns from texts with slips and second passes, with a reference in the prompt from texts with hardly a
+slip and fewer second passes: the privileged view really knows better. The paper's regimes exist by
+construction: digits are locks, idle words forks, decisions to work a column or the sum again pivots. The same
+command again goes on where it stopped; model and problems are made once, the same ones for every seed.
 """
 import json, os, random, re, sys
 from pathlib import Path
@@ -27,11 +27,11 @@ IDLE = [f"{word} " for word in
         "alright first good here hmm let look next now okay right see then us we well".split()]
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
 CHECKS, BOX, IDLE_RUN = (" Check: ", " Again: ", " Verify: "), " \\boxed{", 8
-AGAIN = " is "  # instead of "=" where a column is worked again: easy to learn that no digit slips behind it
+REDONE = " is "  # the "=" of a column worked again, behind which no digit slips: a sign that is easy to learn
 
-# Chances of a slip in a column and of a second pass, by what is in the prompt.
+# Chances of a slip in a column and of a second pass, by the kind of prompt.
 PLAIN, CONCISE, WITH_REFERENCE = (0.4, 0.9), (0.4, 0.25), (0.01, 0.25)
-NOTICED, NEEDLESS = 0.5, 0.2  # chance that a column is worked again: with a slip, without
+NOTICED, NEEDLESS = 0.5, 0.2  # chance that a column is worked again: while it is wrong, while right
 
 def columns(rng, a, b, slip, idle=IDLE_RUN):
     """Idle words, then column addition from the right; a digit slips by chance -> text, result."""
@@ -43,14 +43,14 @@ def columns(rng, a, b, slip, idle=IDLE_RUN):
         text += f"{name}{work}={written:02}"
         while rng.random() < (NEEDLESS if written == right else NOTICED):
             written = right
-            text += f"{rng.choice(DOUBTS)}{work}{AGAIN}{right:02}"
+            text += f"{rng.choice(DOUBTS)}{work}{REDONE}{right:02}"
         carry, digit = divmod(written, 10)
         result = f"{digit}{result}"
         text += f">{result}"
     return text, result
 
 def solution(rng, a, b, slip, check, idle=IDLE_RUN):
-    """A worked addition that ends in its box; chances of a slip in a digit and of a second pass."""
+    """A worked addition that ends in its box; chances of a slip in a column and of a second pass."""
     text, result = columns(rng, a, b, slip, idle)
     if rng.random() < check:
         again, result = columns(rng, a, b, slip)
@@ -70,7 +70,7 @@ def toy_tokenizer():
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
     phrases = [egrsd.INSTRUCTION, egrsd.REFERENCE_BEGIN, egrsd.REFERENCE_END, egrsd.TRANSITION, egrsd.CONCISE]
-    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, AGAIN, BOX]
+    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, REDONE, BOX]
     vocabulary = [*special, *phrases, "\n", *map(chr, range(32, 127)), *words]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
@@ -92,7 +92,7 @@ def batch(rng, tokenizer, bare):
         elif k % 6 == 1:
             turn, habits = egrsd.teacher_prompt(row, "crisp"), CONCISE
         if rng.random() < bare:
-            habits = (habits[0], 0, 0)
+            habits = (habits[0], 0, 0)  # slips stay, second pass and idle words go
         a, b = map(int, row["problem"].split("+"))
         completion = tokenizer(solution(rng, a, b, *habits)).input_ids + [tokenizer.eos_token_id]
         rows.append((egrsd.encode(tokenizer, turn, False), completion))
@@ -118,14 +118,15 @@ def orthogonalised(gradient):
     return x * max(1, len(x) / x.shape[1])**0.5
 
 def pretrain(folder, seed=0):
-    """A Qwen3 of 0.3 M parameters learns worked additions: Muon for its matrices, AdamW for the rest."""
+    """A Qwen3 of 0.3 M parameters learns worked additions, drawn from all 160,000, so that some are held-out
+    ones: Muon for its matrices, AdamW for the rest."""
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM, utils
     utils.logging.disable_progress_bar()
     tokenizer, rng = toy_tokenizer(), random.Random(seed)
     end = tokenizer.eos_token_id
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # sums depend on it: one toy model, however the run is launched
+    torch.set_num_threads(1)  # rounding depends on it: one toy model, however the run is launched
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,

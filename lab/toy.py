@@ -27,7 +27,7 @@ IDLE = [f"{word} " for word in
         "alright first good here hmm let look next now okay right see then us we well".split()]
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
 CHECKS, BOX, IDLE_RUN = (" Check: ", " Again: ", " Verify: "), " \\boxed{", 8
-REDONE = " is "  # the "=" of a column worked again, behind which no digit slips: a sign that is easy to learn
+REDONE = " is "  # the "=" of a column worked again; in these texts the sum behind it is right
 
 # Chances of a slip in a column and of a second pass, by the kind of prompt.
 PLAIN, CONCISE, WITH_REFERENCE = (0.4, 0.9), (0.4, 0.25), (0.01, 0.25)

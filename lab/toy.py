@@ -9,6 +9,7 @@ construction: digits are locks, idle words forks, decisions to work a column or 
 command again goes on where it stopped; model and problems are made once, the same ones for every seed.
 """
 import json, os, random, re, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on busy cores spinning threads take ages
 import torch
@@ -127,6 +128,7 @@ def pretrain(folder, seed=0):
     end = tokenizer.eos_token_id
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # rounding depends on it: one toy model, however the run is launched
+    cores = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))  # half a batch each
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
@@ -140,8 +142,8 @@ def pretrain(folder, seed=0):
     for step in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
         rows = batch(rng, tokenizer, 1 - 2 * step / PRETRAIN_STEPS)  # bare: all at first, none from half on
         tokens = sum(len(completion) for _, completion in rows)
-        for k in range(0, len(rows), 6):  # by length: less padding
-            (summed_loss(model, rows[k:k + 6]) / tokens).backward()
+        halves = rows[:len(rows) // 2], rows[len(rows) // 2:]  # by length: less padding; a + b is b + a
+        list(cores.map(lambda half: (summed_loss(model, half) / tokens).backward(), halves))
         for p, average in momentum.items():
             average.lerp_(p.grad, 0.05)
             p.grad = orthogonalised(p.grad.lerp(average, 0.95))  # Nesterov's momentum

@@ -1,6 +1,6 @@
 """A laptop experiment: a tiny Qwen3, trained here from scratch to add numbers, improved by egrsd.py.
 
-    python -m lab.toy                                            # under 5 minutes on two slow cores
+    python -m lab.toy                                            # 4 minutes on two slow cores
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
 It learns from texts with slips and second passes, with a reference in the prompt from texts with hardly a

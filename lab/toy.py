@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import egrsd
 from lab import evaluate
 
-PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 700, 12
-FLAGS = dict(lr=4e-4, max_completion_length=128, max_length=512, micro_batch=8)  # yours win
+PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 600, 12
+FLAGS = dict(lr=4e-4, max_completion_length=112, max_length=512, micro_batch=8)  # yours win
 START = ("model", "thinking", "max_completion_length", "dtype")  # flags that change the accuracy before
 
 # ===================================== Problems and their solutions ======================================
@@ -27,7 +27,7 @@ START = ("model", "thinking", "max_completion_length", "dtype")  # flags that ch
 IDLE = [f"{word} " for word in
         "alright first good here hmm let look next now okay right see then us we well".split()]
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
-CHECKS, BOX, IDLE_RUN = (" Check: ", " Again: ", " Verify: "), " \\boxed{", 8
+CHECKS, BOX, IDLE_RUN = (" Check: ", " Again: ", " Verify: "), " \\boxed{", 6
 REDONE = " is "  # the "=" of a column worked again; in these texts the sum behind it is right
 
 # Chances of a slip in a column and of a second pass, by the kind of prompt.
@@ -63,6 +63,11 @@ def toy_problems(rng, count):
     pairs = [(100 + n // 400, 100 + n % 400) for n in rng.sample(range(400**2), count)]
     return [dict(problem=f"{a}+{b}", solution=solution(rng, a, b, 0, 0), answer=str(a + b)) for a, b in pairs]
 
+def experiment_problems():
+    """-> held-out ones, which pre-training leaves out, and those to train on."""
+    rows = toy_problems(random.Random(0), HELD_OUT + PROBLEMS)
+    return rows[:HELD_OUT], rows[HELD_OUT:]
+
 # =============================================== The model ===============================================
 
 def toy_tokenizer():
@@ -71,7 +76,8 @@ def toy_tokenizer():
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
     phrases = [egrsd.INSTRUCTION, egrsd.REFERENCE_BEGIN, egrsd.REFERENCE_END, egrsd.TRANSITION, egrsd.CONCISE]
-    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, REDONE, BOX]
+    sums = [f"{sign}{tens}" for sign in ("=", REDONE) for tens in range(3)]  # short texts are sampled faster
+    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, *sums, BOX]
     vocabulary = [*special, *phrases, "\n", *map(chr, range(32, 127)), *words]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
@@ -82,11 +88,11 @@ def toy_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>",
                                    pad_token="<|end|>", chat_template=template)
 
-def batch(rng, tokenizer, bare):
+def batch(problems, rng, tokenizer, bare):
     """(prompt ids, completion ids) to pre-train on, by length; a share `bare`: one pass without idle words.
     Of six prompts two hold a reference, with completions nearly free of slips, one asks to be concise."""
     rows = []
-    for k, row in enumerate(toy_problems(rng, PRETRAIN_BATCH)):
+    for k, row in enumerate(problems):
         turn, habits = egrsd.student_prompt(row), PLAIN
         if k % 3 == 0:
             turn, habits = egrsd.teacher_prompt(row), WITH_REFERENCE
@@ -109,23 +115,25 @@ def summed_loss(model, rows):
     targets = torch.tensor(sum((completion for _, completion in rows), []))
     return F.cross_entropy(model.get_output_embeddings()(torch.cat(states)), targets, reduction="sum")
 
-def orthogonalised(gradient):
-    """Muon's update by three Newton-Schulz steps. torch.optim.Muon does them in bf16, slow on most CPUs."""
-    x = gradient / gradient.norm()
+def muon(p, average):
+    """p.grad becomes Muon's update, by three Newton-Schulz steps; average: of all gradients so far. What
+    torch.optim.Muon does in bf16, slow on most CPUs."""
+    average.lerp_(p.grad, 0.05)
+    x = p.grad.lerp(average, 0.95)  # Nesterov's momentum
+    x = x / x.norm()
     for _ in range(3):
         gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
         gram = 2.0315 * gram @ gram - 4.7750 * gram
         x = 3.4445 * x + (gram @ x if len(gram) == len(x) else x @ gram)
-    return x * max(1, len(x) / x.shape[1])**0.5
+    p.grad = x * max(1, len(x) / x.shape[1])**0.5
 
 def pretrain(folder, seed=0):
-    """A Qwen3 of 0.3 M parameters learns worked additions, drawn from all 160,000, so that some are held-out
-    ones: Muon for its matrices, AdamW for the rest."""
+    """A Qwen3 of 0.3 M parameters learns worked additions: Muon for its matrices, AdamW for the rest."""
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM, utils
     utils.logging.disable_progress_bar()
-    tokenizer, rng = toy_tokenizer(), random.Random(seed)
-    end = tokenizer.eos_token_id
+    tokenizer, rng = toy_tokenizer(), random.Random(f"pre-training {seed}")
+    end, held_out = tokenizer.eos_token_id, {row["problem"] for row in experiment_problems()[0]}
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # rounding depends on it: one toy model, however the run is launched
     cores = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))  # half a batch each
@@ -140,13 +148,12 @@ def pretrain(folder, seed=0):
     schedules = [torch.optim.lr_scheduler.OneCycleLR(
         opt, opt.defaults["lr"], PRETRAIN_STEPS, pct_start=0.1, cycle_momentum=False) for opt in optimizers]
     for step in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
-        rows = batch(rng, tokenizer, 1 - 2 * step / PRETRAIN_STEPS)  # bare: all at first, none from half on
+        problems = [row for row in toy_problems(rng, PRETRAIN_BATCH) if row["problem"] not in held_out]
+        rows = batch(problems, rng, tokenizer, 1 - 2 * step / PRETRAIN_STEPS)  # all bare, none from half on
         tokens = sum(len(completion) for _, completion in rows)
         halves = rows[:len(rows) // 2], rows[len(rows) // 2:]  # by length: less padding; a + b is b + a
         list(cores.map(lambda half: (summed_loss(model, half) / tokens).backward(), halves))
-        for p, average in momentum.items():
-            average.lerp_(p.grad, 0.05)
-            p.grad = orthogonalised(p.grad.lerp(average, 0.95))  # Nesterov's momentum
+        list(cores.map(muon, momentum, momentum.values()))
         for each in [*optimizers, *schedules]:
             each.step()
         model.zero_grad()
@@ -207,9 +214,9 @@ def experiment(argv):
     cfg = egrsd.validate(egrsd.configure(flags))
     egrsd.start_distributed()
     first, last, results = egrsd.ranks()[0] == 0, out / f"step_{cfg.steps}", out / "results.json"
-    problems = toy_problems(random.Random(0), HELD_OUT + PROBLEMS)
-    made(toy / "test.jsonl", lambda file: write_problems(problems[:HELD_OUT], file))
-    made(toy / "train.jsonl", lambda file: write_problems(problems[HELD_OUT:], file))
+    held_out, rest = experiment_problems()
+    made(toy / "test.jsonl", lambda file: write_problems(held_out, file))
+    made(toy / "train.jsonl", lambda file: write_problems(rest, file))
     made(toy / "model", pretrain)
     torch.set_num_threads(1)  # as under torchrun; matrices too small to share
     finished = last.exists() and results.exists()

@@ -1,12 +1,12 @@
 """A laptop experiment: a tiny Qwen3, trained here from scratch to add numbers, improved by egrsd.py.
 
-    python -m lab.toy                                            # 4 minutes on two slow cores
+    python -m lab.toy                                            # 3 1/2 minutes on two slow cores
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
-It learns from texts with slips and second passes, with a reference in the prompt from texts with hardly a
-slip and fewer second passes: the privileged view really knows better. The paper's regimes exist by
-construction: digits are locks, idle words forks, decisions to work a column or the sum again pivots. The same
-command again goes on where it stopped; model and problems are made once, the same ones for every seed.
+Pre-training shows texts with slips and second passes, behind a reference hardly a slip and fewer second
+passes: the privileged view really knows better. The paper's regimes exist by construction: the teacher is
+sure of digits (locks), unsure of idle words (forks), and unsure for one token whether to work a column or the
+sum again (pivots). The same command goes on where the run stopped; all seeds share one model and problems.
 """
 import json, os, random, re, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,23 +19,23 @@ from lab import evaluate
 
 PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 600, 12
 FLAGS = dict(lr=4e-4, max_completion_length=112, max_length=512, micro_batch=8)  # yours win
-START = ("model", "thinking", "max_completion_length", "dtype")  # flags that change the accuracy before
+START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the first evaluation hangs on
 
 # ===================================== Problems and their solutions ======================================
 
-# Words of one token each. Always as many idle ones open a pass: the length reward would unlearn longer runs.
-IDLE = [f"{word} " for word in
-        "alright first good here hmm let look next now okay right see then us we well".split()]
+# Words are a token each. IDLE_RUN idle ones open a pass: the length reward would unlearn a longer run.
+IDLE_RUN, IDLE = 6, [f"{word} " for word in
+                     "alright first good here hmm let look next now okay right see then us we well".split()]
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
-CHECKS, BOX, IDLE_RUN = (" Check: ", " Again: ", " Verify: "), " \\boxed{", 6
+CHECKS, BOX = (" Check: ", " Again: ", " Verify: "), " \\boxed{"
 REDONE = " is "  # the "=" of a column worked again; in these texts the sum behind it is right
 
-# Chances of a slip in a column and of a second pass, by the kind of prompt.
-PLAIN, CONCISE, WITH_REFERENCE = (0.4, 0.9), (0.4, 0.25), (0.01, 0.25)
+# (chance of a slip in a column, of a second pass), by the kind of prompt.
+PLAIN, BRIEF, WITH_REFERENCE = (0.4, 0.9), (0.4, 0.25), (0.01, 0.25)
 NOTICED, NEEDLESS = 0.5, 0.2  # chance that a column is worked again: while it is wrong, while right
 
 def columns(rng, a, b, slip, idle=IDLE_RUN):
-    """Idle words, then column addition from the right; a digit slips by chance -> text, result."""
+    """Idle words, then columns from the right; by chance one slips or is worked again -> text, result."""
     text, result, carry = "".join(rng.choices(IDLE, k=idle)), "", 0
     for k, name in enumerate(COLUMNS):
         x, y = a // 10**k % 10, b // 10**k % 10
@@ -51,7 +51,7 @@ def columns(rng, a, b, slip, idle=IDLE_RUN):
     return text, result
 
 def solution(rng, a, b, slip, check, idle=IDLE_RUN):
-    """A worked addition that ends in its box; chances of a slip in a column and of a second pass."""
+    """A worked addition that ends in its box; check: chance of a second pass, whose result then counts."""
     text, result = columns(rng, a, b, slip, idle)
     if rng.random() < check:
         again, result = columns(rng, a, b, slip)
@@ -76,8 +76,8 @@ def toy_tokenizer():
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
     phrases = [egrsd.INSTRUCTION, egrsd.REFERENCE_BEGIN, egrsd.REFERENCE_END, egrsd.TRANSITION, egrsd.CONCISE]
-    sums = [f"{sign}{tens}" for sign in ("=", REDONE) for tens in range(3)]  # short texts are sampled faster
-    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, *sums, BOX]
+    tens = [f"{sign}{digit}" for sign in ("=", REDONE) for digit in range(3)]  # the fewer tokens the faster
+    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, *tens, BOX]
     vocabulary = [*special, *phrases, "\n", *map(chr, range(32, 127)), *words]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
@@ -97,7 +97,7 @@ def batch(problems, rng, tokenizer, bare):
         if k % 3 == 0:
             turn, habits = egrsd.teacher_prompt(row), WITH_REFERENCE
         elif k % 6 == 1:
-            turn, habits = egrsd.teacher_prompt(row, "crisp"), CONCISE
+            turn, habits = egrsd.teacher_prompt(row, "crisp"), BRIEF
         if rng.random() < bare:
             habits = (habits[0], 0, 0)  # slips stay, second pass and idle words go
         a, b = map(int, row["problem"].split("+"))
@@ -107,8 +107,8 @@ def batch(problems, rng, tokenizer, bare):
 
 def summed_loss(model, rows):
     """Cross-entropy of completions behind their prompts: one pass, padded on the right."""
-    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
-    ids = torch.tensor([[*row[0], *row[1]] + [0] * (longest - len(row[0]) - len(row[1])) for row in rows])
+    texts = [torch.tensor(prompt + completion) for prompt, completion in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     states = [each[len(prompt) - 1:len(prompt) + len(completion) - 1]
               for each, (prompt, completion) in zip(states, rows)]
@@ -116,19 +116,19 @@ def summed_loss(model, rows):
     return F.cross_entropy(model.get_output_embeddings()(torch.cat(states)), targets, reduction="sum")
 
 def muon(p, average):
-    """p.grad becomes Muon's update, by three Newton-Schulz steps; average: of all gradients so far. What
-    torch.optim.Muon does in bf16, slow on most CPUs."""
+    """p.grad becomes Muon's update, by three Newton-Schulz steps; average: of the gradients so far.
+    torch.optim.Muon does this in bf16, slow on most CPUs."""
     average.lerp_(p.grad, 0.05)
     x = p.grad.lerp(average, 0.95)  # Nesterov's momentum
-    x = x / x.norm()
+    x /= x.norm()
     for _ in range(3):
-        gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+        gram = x @ x.T if len(x) <= x.shape[1] else x.T @ x
         gram = 2.0315 * gram @ gram - 4.7750 * gram
         x = 3.4445 * x + (gram @ x if len(gram) == len(x) else x @ gram)
     p.grad = x * max(1, len(x) / x.shape[1])**0.5
 
 def pretrain(folder, seed=0):
-    """A Qwen3 of 0.3 M parameters learns worked additions: Muon for its matrices, AdamW for the rest."""
+    """A Qwen3 of 0.3 M parameters learns worked additions, by muon() and SGD for matrices, AdamW else."""
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM, utils
     utils.logging.disable_progress_bar()
@@ -136,7 +136,7 @@ def pretrain(folder, seed=0):
     end, held_out = tokenizer.eos_token_id, {row["problem"] for row in experiment_problems()[0]}
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # rounding depends on it: one toy model, however the run is launched
-    cores = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))  # half a batch each
+    cores = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))  # half the work each
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
@@ -149,10 +149,11 @@ def pretrain(folder, seed=0):
         opt, opt.defaults["lr"], PRETRAIN_STEPS, pct_start=0.1, cycle_momentum=False) for opt in optimizers]
     for step in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
         problems = [row for row in toy_problems(rng, PRETRAIN_BATCH) if row["problem"] not in held_out]
-        rows = batch(problems, rng, tokenizer, 1 - 2 * step / PRETRAIN_STEPS)  # all bare, none from half on
+        bare = 1 - 2 * step / PRETRAIN_STEPS  # all texts at first, none from half on
+        rows = batch(problems, rng, tokenizer, bare)
         tokens = sum(len(completion) for _, completion in rows)
-        halves = rows[:len(rows) // 2], rows[len(rows) // 2:]  # by length: less padding; a + b is b + a
-        list(cores.map(lambda half: (summed_loss(model, half) / tokens).backward(), halves))
+        halves = rows[:len(rows) // 2], rows[len(rows) // 2:]  # by length: less padding
+        list(cores.map(lambda half: (summed_loss(model, half) / tokens).backward(), halves))  # a + b is b + a
         list(cores.map(muon, momentum, momentum.values()))
         for each in [*optimizers, *schedules]:
             each.step()
@@ -188,7 +189,7 @@ def label(name, flags):
     return re.sub(r"[^\w.,-]+", "_", "-".join([name, *words]))
 
 def parse(argv):
-    """-> the toy's folder, the run's, the flags of the run, and those that the start's accuracy hangs on."""
+    """-> the toy's folder, the run's, the flags of the run, and those that the first evaluation hangs on."""
     parser = egrsd.Parser("lab.toy", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--toy", default="out/toy", help="model and problems; other flags: egrsd.py --help")
     flags, rest = parser.parse_known_args(argv)
@@ -213,7 +214,7 @@ def experiment(argv):
     flags["resume" if (out / "config.json").exists() else "out"] = str(out)
     cfg = egrsd.validate(egrsd.configure(flags))
     egrsd.start_distributed()
-    first, last, results = egrsd.ranks()[0] == 0, out / f"step_{cfg.steps}", out / "results.json"
+    rank, last, results = egrsd.ranks()[0], out / f"step_{cfg.steps}", out / "results.json"
     held_out, rest = experiment_problems()
     made(toy / "test.jsonl", lambda file: write_problems(held_out, file))
     made(toy / "train.jsonl", lambda file: write_problems(rest, file))
@@ -227,7 +228,7 @@ def experiment(argv):
         if not last.exists():  # stopped, or gone wrong
             return code
         evaluated(last, toy, after, cfg)
-    if first:
+    if rank == 0:
         from lab import report  # only now: what it imports would count in the run's peak memory
         if not finished:
             rows = [report.read_json(folder / "results.json")[0] for folder in (before, after)]

@@ -1,6 +1,6 @@
 """A laptop experiment: a tiny Qwen3, trained here from scratch to add numbers, improved by egrsd.py.
 
-    python -m lab.toy                                            # 3 1/2 minutes on two slow cores
+    python -m lab.toy                                            # 4 minutes on two slow cores
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
 Pre-training shows texts with slips and second passes, behind a reference hardly a slip and fewer second
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 import egrsd
 from lab import evaluate
 
-PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 600, 12
-FLAGS = dict(lr=4e-4, max_completion_length=112, max_length=512, micro_batch=8)  # yours win
+PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 700, 12
+FLAGS = dict(lr=4e-4, max_completion_length=128, max_length=512, micro_batch=8)  # yours win
 START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the first evaluation hangs on
 
 # ===================================== Problems and their solutions ======================================
 
 # Words are a token each. IDLE_RUN idle ones open a pass: the length reward would unlearn a longer run.
-IDLE_RUN, IDLE = 6, [f"{word} " for word in
+IDLE_RUN, IDLE = 8, [f"{word} " for word in
                      "alright first good here hmm let look next now okay right see then us we well".split()]
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
 CHECKS, BOX = (" Check: ", " Again: ", " Verify: "), " \\boxed{"
@@ -63,11 +63,6 @@ def toy_problems(rng, count):
     pairs = [(100 + n // 400, 100 + n % 400) for n in rng.sample(range(400**2), count)]
     return [dict(problem=f"{a}+{b}", solution=solution(rng, a, b, 0, 0), answer=str(a + b)) for a, b in pairs]
 
-def experiment_problems():
-    """-> held-out ones, which pre-training leaves out, and those to train on."""
-    rows = toy_problems(random.Random(0), HELD_OUT + PROBLEMS)
-    return rows[:HELD_OUT], rows[HELD_OUT:]
-
 # =============================================== The model ===============================================
 
 def toy_tokenizer():
@@ -76,8 +71,7 @@ def toy_tokenizer():
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
     phrases = [egrsd.INSTRUCTION, egrsd.REFERENCE_BEGIN, egrsd.REFERENCE_END, egrsd.TRANSITION, egrsd.CONCISE]
-    tens = [f"{sign}{digit}" for sign in ("=", REDONE) for digit in range(3)]  # the fewer tokens the faster
-    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, *tens, BOX]
+    words = [*COLUMNS, *IDLE, *DOUBTS, *CHECKS, REDONE, BOX]
     vocabulary = [*special, *phrases, "\n", *map(chr, range(32, 127)), *words]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
@@ -88,11 +82,11 @@ def toy_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>",
                                    pad_token="<|end|>", chat_template=template)
 
-def batch(problems, rng, tokenizer, bare):
+def batch(rng, tokenizer, bare):
     """(prompt ids, completion ids) to pre-train on, by length; a share `bare`: one pass without idle words.
     Of six prompts two hold a reference, with completions nearly free of slips, one asks to be concise."""
     rows = []
-    for k, row in enumerate(problems):
+    for k, row in enumerate(toy_problems(rng, PRETRAIN_BATCH)):
         turn, habits = egrsd.student_prompt(row), PLAIN
         if k % 3 == 0:
             turn, habits = egrsd.teacher_prompt(row), WITH_REFERENCE
@@ -128,12 +122,13 @@ def muon(p, average):
     p.grad = x * max(1, len(x) / x.shape[1])**0.5
 
 def pretrain(folder, seed=0):
-    """A Qwen3 of 0.3 M parameters learns worked additions, by muon() and SGD for matrices, AdamW else."""
+    """A Qwen3 of 0.3 M parameters learns worked additions, drawn from all 160,000, so that some are held-out
+    ones: muon() and SGD for its matrices, AdamW for the rest."""
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM, utils
     utils.logging.disable_progress_bar()
-    tokenizer, rng = toy_tokenizer(), random.Random(f"pre-training {seed}")
-    end, held_out = tokenizer.eos_token_id, {row["problem"] for row in experiment_problems()[0]}
+    tokenizer, rng = toy_tokenizer(), random.Random(seed)
+    end = tokenizer.eos_token_id
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # rounding depends on it: one toy model, however the run is launched
     cores = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))  # half the work each
@@ -148,9 +143,8 @@ def pretrain(folder, seed=0):
     schedules = [torch.optim.lr_scheduler.OneCycleLR(
         opt, opt.defaults["lr"], PRETRAIN_STEPS, pct_start=0.1, cycle_momentum=False) for opt in optimizers]
     for step in tqdm(range(PRETRAIN_STEPS), "pre-training the toy", disable=None):
-        problems = [row for row in toy_problems(rng, PRETRAIN_BATCH) if row["problem"] not in held_out]
         bare = 1 - 2 * step / PRETRAIN_STEPS  # all texts at first, none from half on
-        rows = batch(problems, rng, tokenizer, bare)
+        rows = batch(rng, tokenizer, bare)
         tokens = sum(len(completion) for _, completion in rows)
         halves = rows[:len(rows) // 2], rows[len(rows) // 2:]  # by length: less padding
         list(cores.map(lambda half: (summed_loss(model, half) / tokens).backward(), halves))  # a + b is b + a
@@ -215,9 +209,9 @@ def experiment(argv):
     cfg = egrsd.validate(egrsd.configure(flags))
     egrsd.start_distributed()
     rank, last, results = egrsd.ranks()[0], out / f"step_{cfg.steps}", out / "results.json"
-    held_out, rest = experiment_problems()
-    made(toy / "test.jsonl", lambda file: write_problems(held_out, file))
-    made(toy / "train.jsonl", lambda file: write_problems(rest, file))
+    problems = toy_problems(random.Random(0), HELD_OUT + PROBLEMS)
+    made(toy / "test.jsonl", lambda file: write_problems(problems[:HELD_OUT], file))
+    made(toy / "train.jsonl", lambda file: write_problems(problems[HELD_OUT:], file))
     made(toy / "model", pretrain)
     torch.set_num_threads(1)  # as under torchrun; matrices too small to share
     finished = last.exists() and results.exists()

@@ -23,9 +23,10 @@ START = ("model", "thinking", "max_completion_length", "dtype")  # flags that th
 
 # ===================================== Problems and their solutions ======================================
 
-# Words are a token each. IDLE_RUN idle ones open a pass: the length reward would unlearn a longer run.
-IDLE_RUN, IDLE = 8, [f"{word} " for word in
-                     "alright first good here hmm let look next now okay right see then us we well".split()]
+# Words, a token each. Always IDLE_RUN idle ones open a pass: longer runs the length reward would unlearn.
+IDLE = [f"{word} " for word in
+        "alright first good here hmm let look next now okay right see then us we well".split()]
+IDLE_RUN = 8
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
 CHECKS, BOX = (" Check: ", " Again: ", " Verify: "), " \\boxed{"
 REDONE = " is "  # the "=" of a column worked again; in these texts the sum behind it is right
@@ -146,8 +147,8 @@ def pretrain(folder, seed=0):
         bare = 1 - 2 * step / PRETRAIN_STEPS  # all texts at first, none from half on
         rows = batch(rng, tokenizer, bare)
         tokens = sum(len(completion) for _, completion in rows)
-        halves = rows[:len(rows) // 2], rows[len(rows) // 2:]  # by length: less padding
-        list(cores.map(lambda half: (summed_loss(model, half) / tokens).backward(), halves))  # a + b is b + a
+        halves = rows[:len(rows) // 2], rows[len(rows) // 2:]  # by length; a sum of two has no order
+        list(cores.map(lambda half: (summed_loss(model, half) / tokens).backward(), halves))
         list(cores.map(muon, momentum, momentum.values()))
         for each in [*optimizers, *schedules]:
             each.step()

@@ -24,7 +24,7 @@ teacher is the reference), value network, loss masks (a rollout is one 1-D tenso
 the loop, see TOKEN_WEIGHT. D1 to D15 mark decisions where the paper is silent; README lists them. The
 ancestor, named there and here, is OPSD's code, of which the paper's trainer is very probably a fork.
 
-    python -m lab.toy                                              # a laptop: 4 minutes, nothing downloaded
+    python -m lab.toy                                              # a laptop: 3 minutes, nothing downloaded
     torchrun --nproc_per_node 8 egrsd.py --gamma 0.3 --window 5    # CL-EGRSD, Qwen3-8B, 8 x 80 GB
     torchrun --nproc_per_node 8 egrsd.py --resume out/RUN          # goes on where RUN stopped
 """

@@ -47,8 +47,8 @@ def adapter(path, base, seed=1, kind="LoraConfig", **options):
     model.save_pretrained(path)
     return path
 
-def on_ranks(count, argv, patch="", cwd="."):
-    """lab.evaluate on some ranks, in forked processes -> exit codes, stderr. patch: code that comes before."""
+def on_ranks(count, argv, patch="", cwd=".", program="evaluate"):
+    """A program of lab on some ranks, in forked processes -> exit codes, stderr. patch: code that comes before."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     log, processes = Path(cwd, f"stderr-{port}").absolute(), []
@@ -56,7 +56,8 @@ def on_ranks(count, argv, patch="", cwd="."):
         env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         code = (f"import os, sys\nos.environ.update({ {name: str(x) for name, x in env.items()} })\n"
                 f"os.chdir({str(cwd)!r})\nsys.stderr = open({str(log)!r}, 'a', buffering=1)\n"
-                f"import egrsd\nfrom lab import evaluate\n{patch}\nsys.exit(evaluate.main({list(map(str, argv))}))")
+                f"import egrsd\nfrom lab import {program}\n{patch}\n"
+                f"sys.exit({program}.main({list(map(str, argv))}))")
         processes.append(forks.Process(target=exec, args=(code, {})))
         processes[-1].start()
     for process in processes:
@@ -475,6 +476,12 @@ def test_the_toy_from_end_to_end_once_interrupted_and_once_only_shown(tmp_path, 
     assert left == {"model", "train.jsonl", "test.jsonl", "before-max_completion_length16", out.name,
                     "grpo-batch_size4-steps2-max_completion_length16-seed3"}
     assert len((tmp_path / "train.jsonl").read_text("utf-8").splitlines()) == 4000
+
+def test_the_toy_on_two_ranks_of_which_one_saves(tmp_path):
+    codes, err = on_ranks(2, ["--toy", tmp_path, *SHORT], "toy.PRETRAIN_STEPS, toy.HELD_OUT = 2, 3", tmp_path, "toy")
+    assert codes == [0, 0], err
+    rows = results(tmp_path / "egrsd-batch_size4-steps2-max_completion_length16-seed0")
+    assert [row["name"] for row in rows] == ["before", "after"]
 
 def test_the_toy_model_is_always_the_same_and_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy, "PRETRAIN_STEPS", 2)

@@ -1,9 +1,9 @@
 """A laptop experiment: a tiny Qwen3, trained here from scratch to add numbers, improved by egrsd.py.
 
-    python -m lab.toy                                            # 3 1/2 minutes on two slow cores
+    python -m lab.toy                                            # under 3 minutes on two slow cores
     python -m lab.toy --method grpo --rollouts_per_prompt 4      # any flag of egrsd.py
 
-Pre-training shows texts with slips and second passes, behind a reference hardly a slip and fewer second
+Pre-training shows texts with slips and second passes; behind a reference, hardly a slip and fewer second
 passes: the privileged view really knows better. The paper's regimes exist by construction: the teacher is
 sure of digits (locks), unsure of idle words (forks), and unsure for one token whether to work a column or the
 sum again (pivots). The same command goes on where the run stopped; all seeds share one model and problems.
@@ -18,14 +18,15 @@ import egrsd
 from lab import evaluate
 
 PROBLEMS, HELD_OUT, PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 128, 650, 12
-FLAGS = dict(lr=1.4e-3, batch_size=24, lora_rank=16, max_completion_length=104, max_length=512, micro_batch=8)
-START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the first evaluation hangs on
+FLAGS = dict(lr=1.4e-3, batch_size=24, lora_rank=16, max_completion_length=104, micro_batch=8)  # yours win
+START = ("model", "thinking", "max_completion_length", "dtype")  # flags that the first evaluation depends on
 
 # ===================================== Problems and their solutions ======================================
 
-# Words are a token each. IDLE_RUN idle ones open a pass: the length reward would unlearn a longer run.
-IDLE_RUN, IDLE = 6, [f"{word} " for word in
-                     "alright first good here hmm let look next now okay right see then us we well".split()]
+# Words are a token each. IDLE_RUN idle ones open a pass; the length reward would unlearn a longer run.
+IDLE = [f"{word} " for word in
+        "alright first good here hmm let look next now okay right see then us we well".split()]
+IDLE_RUN = 6
 COLUMNS, DOUBTS = ("ones ", " tens ", " hundreds "), (", wait: ", ", no: ", ", or: ")
 CHECKS, BOX = (" Check: ", " Again: ", " Verify: "), " \\boxed{"
 REDONE = " is "  # the "=" of a column worked again; in these texts the sum behind it is right
@@ -35,7 +36,7 @@ PLAIN, BRIEF, WITH_REFERENCE = (0.4, 0.7), (0.4, 0.25), (0.01, 0.25)
 NOTICED, NEEDLESS = 0.5, 0.2  # chance that a column is worked again: while it is wrong, while right
 
 def columns(rng, a, b, slip, idle=IDLE_RUN):
-    """Idle words, then columns from the right; by chance one slips or is worked again -> text, result."""
+    """Idle words, then columns from the right; by chance one slips, or is worked again -> text, result."""
     text, result, carry = "".join(rng.choices(IDLE, k=idle)), "", 0
     for k, name in enumerate(COLUMNS):
         x, y = a // 10**k % 10, b // 10**k % 10
@@ -89,11 +90,11 @@ def toy_tokenizer():
                                    pad_token="<|end|>", chat_template=template)
 
 def batch(problems, rng, tokenizer, bare):
-    """(prompt ids, completion ids) to pre-train on, by length; a share `bare`: one pass without idle words.
-    Of six prompts two hold a reference, with completions nearly free of slips, one asks to be concise."""
+    """(prompt ids, completion ids) to pre-train on, shortest first. Of six prompts two hold a reference, and
+    hardly a slip follows, one asks to be concise; a share `bare` has one pass and no idle words."""
     rows = []
     for k, row in enumerate(problems):
-        turn, habits = egrsd.student_prompt(row), PLAIN
+        turn, habits = egrsd.student_prompt(row), PLAIN  # habits: slip, check[, idle] of solution()
         if k % 3 == 0:
             turn, habits = egrsd.teacher_prompt(row), WITH_REFERENCE
         elif k % 6 == 1:
@@ -109,26 +110,26 @@ def summed_loss(model, rows):
     """Cross-entropy of completions behind their prompts: one pass, padded on the right."""
     texts = [torch.tensor(prompt + completion) for prompt, completion in rows]
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # t predicts token t + 1
     states = [each[len(prompt) - 1:len(prompt) + len(completion) - 1]
               for each, (prompt, completion) in zip(states, rows)]
     targets = torch.tensor(sum((completion for _, completion in rows), []))
     return F.cross_entropy(model.get_output_embeddings()(torch.cat(states)), targets, reduction="sum")
 
 def muon(p, average):
-    """p.grad becomes Muon's update, by three Newton-Schulz steps; average: of the gradients so far.
+    """p.grad becomes Muon's update, by three Newton-Schulz steps; average: the gradients' running mean.
     torch.optim.Muon does this in bf16, slow on most CPUs."""
     average.lerp_(p.grad, 0.05)
     x = p.grad.lerp(average, 0.95)  # Nesterov's momentum
     x /= x.norm()
-    for _ in range(3):
+    for _ in range(3):  # x <- a x + (b G + c G G) x with G = x x^T, or from the right with x^T x, if smaller
         gram = x @ x.T if len(x) <= x.shape[1] else x.T @ x
-        gram = 2.0315 * gram @ gram - 4.7750 * gram
-        x = 3.4445 * x + (gram @ x if len(gram) == len(x) else x @ gram)
+        powers = 2.0315 * gram @ gram - 4.7750 * gram
+        x = 3.4445 * x + (powers @ x if len(gram) == len(x) else x @ powers)
     p.grad = x * max(1, len(x) / x.shape[1])**0.5
 
 def pretrain(folder, seed=0):
-    """A Qwen3 of 0.3 M parameters learns worked additions, by muon() and SGD for matrices, AdamW else."""
+    """A Qwen3 of 0.3 M parameters learns worked additions; muon() and SGD for its layers' matrices."""
     from tqdm import tqdm
     from transformers import Qwen3Config, Qwen3ForCausalLM, utils
     utils.logging.disable_progress_bar()
@@ -136,7 +137,7 @@ def pretrain(folder, seed=0):
     end, held_out = tokenizer.eos_token_id, {row["problem"] for row in experiment_problems()[0]}
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # rounding depends on it: one toy model, however the run is launched
-    cores = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))  # half the work each
+    cores = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))  # it is per thread
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
@@ -152,9 +153,9 @@ def pretrain(folder, seed=0):
         bare = 1 - 2 * step / PRETRAIN_STEPS  # all texts at first, none from half on
         rows = batch(problems, rng, tokenizer, bare)
         tokens = sum(len(completion) for _, completion in rows)
-        short = len(rows) * 7 // 12  # as much work as the longer ones
+        short = len(rows) * 7 // 12  # as much work as the longer texts
         parts = rows[:short], rows[short:]
-        list(cores.map(lambda part: (summed_loss(model, part) / tokens).backward(), parts))  # a + b is b + a
+        list(cores.map(lambda part: (summed_loss(model, part) / tokens).backward(), parts))  # in any order
         list(cores.map(muon, momentum, momentum.values()))
         for each in [*optimizers, *schedules]:
             each.step()
@@ -190,9 +191,10 @@ def label(name, flags):
     return re.sub(r"[^\w.,-]+", "_", "-".join([name, *words]))
 
 def parse(argv):
-    """-> the toy's folder, the run's, the flags of the run, and those that the first evaluation hangs on."""
+    """-> the toy's folder, the run's, the run's flags, and those that the first evaluation depends on."""
     parser = egrsd.Parser("lab.toy", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--toy", default="out/toy", help="model and problems; other flags: egrsd.py --help")
+    parser.add_argument("--toy", default="out/toy", help="model and problems; egrsd.py's flags go through, "
+                        f"by default {' '.join(as_argv(FLAGS))}")
     flags, rest = parser.parse_known_args(argv)
     given, toy = egrsd.parse_flags(rest), Path(flags.toy)
     egrsd.require("resume" not in given, "--resume: the same command again goes on by itself")
@@ -204,7 +206,7 @@ def parse(argv):
     return toy, Path(out), {**FLAGS, **own, **given}, start
 
 def evaluated(what, toy, folder, cfg):
-    """Four samples of each held-out problem; the folder holds their results afterwards."""
+    """lab.evaluate's samples of the held-out problems, by the hf engine; the folder holds their results."""
     evaluate.run([str(what), str(toy / "test.jsonl"), *as_argv(dict(
         out=folder, max_completion_length=cfg.max_completion_length, thinking=cfg.thinking, engine="hf",
         dtype=cfg.dtype))])
@@ -226,7 +228,7 @@ def experiment(argv):
         before, after = toy / label("before", start), last / "eval"
         made(before, lambda folder: evaluated(cfg.model, toy, folder, cfg), by_all=True)
         code = egrsd.main(as_argv(flags))
-        if not last.exists():  # stopped, or gone wrong
+        if code or not egrsd.gather(last.exists())[0]:  # stopped, or gone wrong; rank 0 may be saving yet
             return code
         evaluated(last, toy, after, cfg)
     if rank == 0:

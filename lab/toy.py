@@ -11,7 +11,6 @@ sum again (pivots). The same command goes on where the run stopped; all seeds sh
 import json, os, random, re, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on busy cores spinning threads take ages
 import torch
 import torch.nn.functional as F
 import egrsd

@@ -483,10 +483,19 @@ def test_the_toy_on_two_ranks_of_which_one_saves(tmp_path):
     rows = results(tmp_path / "egrsd-batch_size4-steps2-max_completion_length16-seed0")
     assert [row["name"] for row in rows] == ["before", "after"]
 
+def test_pre_training_leaves_held_out_additions_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "PRETRAIN_STEPS", 2)
+    monkeypatch.setattr(toy, "HELD_OUT", 40000)  # a quarter of all: some of 24 are met, were they not left out
+    met, batch = [], toy.batch
+    monkeypatch.setattr(toy, "batch", lambda problems, *more: met.extend(problems) or batch(problems, *more))
+    toy.pretrain(tmp_path / "model")
+    held_out = {row["problem"] for row in toy.experiment_problems()[0]}
+    assert 10 < len(met) < 24 and not held_out & {row["problem"] for row in met}
+
 def test_the_toy_model_is_always_the_same_and_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy, "PRETRAIN_STEPS", 2)
     models = []
-    def last_first(*_, **options):  # whichever half of a batch comes first
+    def last_first(*_, **options):  # whichever part of a batch comes first
         return SimpleNamespace(map=lambda work, *items: [work(*each) for each in reversed([*zip(*items)])])
     for threads, pool in ((1, toy.ThreadPoolExecutor), (2, last_first)):
         monkeypatch.setattr(toy, "ThreadPoolExecutor", pool)

@@ -133,7 +133,8 @@ def pretrain(folder, seed=0):
     from transformers import Qwen3Config, Qwen3ForCausalLM, utils
     utils.logging.disable_progress_bar()
     tokenizer, rng = toy_tokenizer(), random.Random(f"pre-training {seed}")
-    end, held_out = tokenizer.eos_token_id, {row["problem"] for row in experiment_problems()[0]}
+    end = tokenizer.eos_token_id
+    held_out = {row["problem"] for row in experiment_problems()[0]}
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # rounding depends on it: one toy model, however the run is launched
     cores = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))  # it is per thread
